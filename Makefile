@@ -1,0 +1,94 @@
+# make demo [SCHEME="k2-v2-g64-w128-sink5-fp8"]   a real model generating from packed keys and values
+# make test                                       lint, types, C++ tests, Python tests
+# Both make their own environment in .venv; a second run starts at once.
+#
+# PYTHON=python3.12   the interpreter to make .venv from (3.10 or newer)
+# TORCH=torch==2.13.0 what to hand to pip for PyTorch, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# SKVQ_CUDA=0|1|auto  which backends to build (see setup.py)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test lint format ctest clean distclean
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+SCHEME ?=
+VENV := .venv
+BIN := $(VENV)/bin
+LOG := build/install.log
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export SKVQ_CACHE ?= $(CURDIR)/.cache
+
+BUILD_FILES := CMakeLists.txt setup.py pyproject.toml $(shell find include csrc cmake -type f 2>/dev/null)
+CXX_FILES = $(shell find include csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# cmake and ninja come from PyPI only where the machine has none
+TOOLS := $(if $(shell command -v cmake),,cmake) $(if $(shell command -v ninja),,ninja)
+say = @printf '\033[1m==>\033[0m %s\n'
+
+demo: $(VENV)/.built
+	@$(BIN)/python demo/demo.py $(if $(SCHEME),--scheme "$(SCHEME)")
+
+test: $(VENV)/.dev
+	$(say) "ruff"
+	@$(BIN)/ruff check --quiet .
+	$(say) "mypy"
+	@$(BIN)/mypy --no-error-summary
+	@$(MAKE) --no-print-directory ctest
+	$(say) "Python tests"
+	@$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The libraries and their tests, without torch.
+ctest: $(VENV)/.dev
+	$(say) "C++ libraries and their tests, without torch (log: build/cpp.log)"
+	@mkdir -p build
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	{ cmake -S . -B build/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	    -DSKVQ_TORCH=OFF -DSKVQ_CUDA=OFF -DSKVQ_TESTS=ON -DSKVQ_BENCH=OFF \
+	  && cmake --build build/cpp; } > build/cpp.log 2>&1 || { tail -n 60 build/cpp.log; exit 1; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/cpp --output-on-failure | tail -n 4
+
+$(VENV)/.made:
+	$(say) "environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "$(PYTHON) is older than 3.10; use make PYTHON=/path/to/python3.10-or-newer"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -q --upgrade "setuptools>=77" wheel $(TOOLS)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.made
+	$(say) "PyTorch ($(TORCH)): the longest step, one to a few minutes"
+	@$(PIP) install -q $(TORCH)
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(BUILD_FILES)
+	$(say) "skvq_ext and what it needs (log: $(LOG))"
+	@mkdir -p build
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -v --no-build-isolation -e ".[gguf]" > $(LOG) 2>&1 \
+	  || { tail -n 60 $(LOG); exit 1; }
+	@sed -n 's/^ *skvq: /    /p' $(LOG)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.built
+	$(say) "tools for the tests"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q --no-build-isolation -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info skvq_ext/_C.so $(VENV)/.built $(VENV)/.dev
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	find skvq_ext tests demo -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) .cache

@@ -1,0 +1,75 @@
+"""Teacher-forced loss of a model over a text, in full precision or through the packed cache."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FULL_CHUNK = 512  # tokens of a forward in full precision: bounds the memory of the logits
+PACKED_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Score:
+    """Loss over the scored tokens. nll in nats per token; seconds of all forwards."""
+
+    nll: float
+    scored: int
+    read: int
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return math.exp(self.nll)
+
+
+def packed_chunk(rollback: int) -> int:
+    """Most tokens of one forward for which packed attention equals single decode steps."""
+    return min(PACKED_CHUNK, rollback + 1)
+
+
+@torch.inference_mode()
+def score(
+    model: Any,
+    ids: torch.Tensor,
+    cache: Any,
+    skip: int = 0,
+    chunk: int = FULL_CHUNK,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Score:
+    """Feeds a text to a model chunk by chunk and sums the loss of what comes next.
+
+    Args: model, a transformers causal language model; ids, int64 [1, num_tokens]; cache, an empty
+    transformers cache (a packed one needs chunk <= packed_chunk(rollback)); skip, leading tokens
+    that are context only (the very first is never scored); chunk, tokens per forward; progress,
+    called with the tokens of each forward.
+    Raises: ValueError when no token is left to score.
+    """
+    num_tokens = ids.shape[1]
+    first = max(1, skip)
+    if first >= num_tokens:
+        raise ValueError(f"nothing to score: {num_tokens} tokens, of which {first} are context.")
+    total, read = 0.0, 0
+    started = time.perf_counter()
+    while read < num_tokens - 1:
+        # The first chunk is one token short: with no window and no sinks a whole tile would be
+        # packed by the call that brings it, before its own tokens were seen in full precision.
+        stop = min(read + chunk - (read == 0 and chunk > 1), num_tokens - 1)
+        inputs = ids[:, read:stop]
+        logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[0]
+        start = max(read, first - 1)  # position p predicts token p + 1
+        if start < stop:
+            losses = torch.nn.functional.cross_entropy(
+                logits[start - read :].float(), ids[0, start + 1 : stop + 1], reduction="none"
+            )
+            total += losses.double().sum().item()
+        progress(stop - read)
+        read = stop
+    scored = num_tokens - first
+    return Score(total / scored, scored, num_tokens, time.perf_counter() - started)

@@ -1,0 +1,152 @@
+"""The rooms of the house and the only directions between them (docs/layout.md)."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CXX_SUFFIXES = {".h", ".hpp", ".cuh", ".cpp", ".cc", ".cu"}
+
+# room -> rooms whose headers it may include
+ALLOWED = {
+    "include": {"include"},
+    "csrc/core": {"include", "csrc/core"},
+    "csrc/cpu": {"include", "csrc/core", "csrc/cpu"},
+    "csrc/cuda": {"include", "csrc/core", "csrc/cuda"},
+    "csrc/torch": {"include", "csrc/core", "csrc/cpu", "csrc/cuda", "csrc/torch"},
+    "tests/cpp": {"include", "csrc/core", "csrc/cpu", "csrc/cuda", "tests/cpp"},
+    "tests/simt": {"include", "csrc/core", "csrc/cpu", "csrc/cuda", "tests/simt"},
+    "bench": {"include", "csrc/core", "csrc/cpu", "csrc/cuda", "bench"},
+}
+INCLUDE_ROOTS = ("include", "csrc", "tests", ".")
+FRAMEWORK = re.compile(r"^(torch/|ATen/|c10/|pybind11/|Python\.h)")
+TOOLKIT = re.compile(r"^(cuda|cooperative_groups|cub/|cute/|mma\.h)")
+# Python modules that may know transformers: the adapter, and the programs at the outer edge.
+KNOWS_TRANSFORMERS = {"hf", "models.py", "cli.py", "perplexity.py"}
+MAX_LINES = 400
+MAX_FUNCTION = 60
+
+
+def cxx_files() -> list[Path]:
+    found = (p for room in ALLOWED for p in (ROOT / room).rglob("*") if p.suffix in CXX_SUFFIXES)
+    return sorted(set(found))
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def room_of(path: Path) -> str | None:
+    name = name_of(path)
+    return next((room for room in ALLOWED if name.startswith(room + "/")), None)
+
+
+def code_of(path: Path) -> str:
+    """C++ text without comments and string literals."""
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", path.read_text(), flags=re.DOTALL)
+    return re.sub(r'"(?:\\.|[^"\\\n])*"', '""', text)
+
+
+def resolve(path: Path, include: str) -> Path | None:
+    candidates = (path.parent / include, *(ROOT / root / include for root in INCLUDE_ROOTS))
+    return next((c.resolve() for c in candidates if c.is_file()), None)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names a Python file imports, at any depth; relative imports made absolute."""
+    names: set[str] = set()
+    package = name_of(path.parent).replace("/", ".")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parts, *([base] if base else [])])
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_the_tree_is_there() -> None:
+    assert cxx_files(), "no C++ found: this test would pass on nothing"
+    assert python_files("skvq_ext")
+
+
+@pytest.mark.parametrize("path", cxx_files(), ids=name_of)
+def test_includes_follow_the_arrows(path: Path) -> None:
+    room = room_of(path)
+    assert room is not None
+    for include in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M):
+        target = resolve(path, include)
+        if target is not None and (other := room_of(target)) is not None:
+            assert other in ALLOWED[room], f"{room} may not include {include} of {other}"
+        elif FRAMEWORK.match(include):
+            assert room == "csrc/torch", f"only csrc/torch may include <{include}>"
+        elif TOOLKIT.match(include):
+            assert room in {"csrc/cuda", "csrc/torch", "tests/simt", "bench"}, include
+
+
+@pytest.mark.parametrize("path", cxx_files(), ids=name_of)
+def test_inline_assembly_lives_in_one_file(path: Path) -> None:
+    if name_of(path) != "csrc/cuda/ptx.cuh":
+        assert not re.search(r"\b(asm|__asm__)\b", code_of(path))
+
+
+@pytest.mark.parametrize("path", cxx_files(), ids=name_of)
+def test_host_code_throws_instead_of_dying(path: Path) -> None:
+    if (room_of(path) or "").startswith(("include", "csrc")):
+        found = re.findall(r"(?<![\w:])(?:std::)?(assert|exit|abort|_Exit)\s*\(", code_of(path))
+        assert not found, "errors are exceptions with what, found, why and what to do"
+
+
+@pytest.mark.parametrize(
+    "path", [*cxx_files(), *python_files("skvq_ext", "tests", "bench", "demo")], ids=name_of
+)
+def test_files_stay_small(path: Path) -> None:
+    lines = path.read_text().count("\n")
+    assert lines < MAX_LINES, f"{lines} lines; cut it where its parts have names of their own"
+
+
+@pytest.mark.parametrize("path", python_files("skvq_ext", "demo"), ids=name_of)
+def test_functions_stay_small(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines < MAX_FUNCTION, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", python_files("skvq_ext", "demo"), ids=name_of)
+def test_one_module_spells_the_ops(path: Path) -> None:
+    if name_of(path) != "skvq_ext/ops.py":
+        assert not re.search(r"\bops\.skvq\b", path.read_text()), "call skvq_ext.ops instead"
+
+
+@pytest.mark.parametrize("path", python_files("skvq_ext"), ids=name_of)
+def test_python_imports_follow_the_arrows(path: Path) -> None:
+    parts = path.relative_to(ROOT / "skvq_ext").parts
+    imported = imports_of(path)
+    if parts[0] not in KNOWS_TRANSFORMERS:
+        assert not {n for n in imported if n.split(".")[0] == "transformers"}
+    if parts[0] not in {"hf", "cli.py"}:
+        assert not {n for n in imported if n.startswith("skvq_ext.hf")}
+
+
+def test_the_reference_knows_nothing_of_the_ops() -> None:
+    path = ROOT / "skvq_ext" / "reference.py"
+    assert path.is_file()
+    assert not {n for n in imports_of(path) if n in {"skvq_ext.ops", "skvq_ext.cache"}}
+
+
+def test_nothing_is_pickled() -> None:
+    for path in python_files("skvq_ext", "demo"):
+        assert not imports_of(path) & {"pickle", "joblib", "shelve"}, name_of(path)
+        assert not re.search(r"\btorch\.(save|load)\(", path.read_text()), name_of(path)
