@@ -1,0 +1,255 @@
+"""The plan: what the door of each layer does, kept in a safetensors file.
+
+Per KV head a tensor enters the cache as y = R · diag(1/s) · P · (x − m): the shift m is in the
+model's channel order, the scale s in permuted order, R is orthogonal.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from skvq_ext.geometry import Geometry
+from skvq_ext.scheme import Scheme
+
+if TYPE_CHECKING:
+    from skvq_ext.format import RecordFormat
+
+__all__ = ["Geometry", "LayerPlan", "Plan", "PlanError", "TensorPlan", "TensorShape"]
+
+ROTATIONS = ("none", "hadamard", "dense")
+DEFAULT_EXPONENTS = {"k": (-2, 0), "v": (-5, -4)}  # of scale and zero
+
+# Half the range, in standard deviations, of the best uniform quantizer of a normal variable whose
+# outermost levels are its end points, by number of levels (J. Max 1960, table II).
+_NORMAL_HALF_RANGE = {3: 1.224, 4: 1.494, 8: 2.051, 16: 2.514}
+
+
+class PlanError(ValueError):
+    """A plan that is damaged or belongs to another model or scheme."""
+
+
+@dataclass(frozen=True)
+class TensorShape:
+    """Channels of K or of V as the record format cuts them: edges are (0, ..., head_dim)."""
+
+    head_dim: int
+    band_edges: tuple[int, ...]
+    groups: tuple[tuple[int, int], ...]
+    levels: tuple[int, ...]  # of each group
+
+    @classmethod
+    def of(cls, record: RecordFormat, name: str) -> TensorShape:
+        """The shape of tensor `name` ("k" or "v") in this record format."""
+        bands = record.k_bands if name == "k" else record.v_bands
+        groups = record.k_groups if name == "k" else record.v_groups
+        codes = record.k_levels if name == "k" else record.v_levels
+        levels = tuple(
+            next(n for (start, stop), n in zip(bands, codes, strict=True) if start <= first < stop)
+            for first, _ in groups
+        )
+        edges = (0, *(stop for _, stop in bands))
+        return cls(record.head_dim, edges, tuple(groups), levels)
+
+
+@dataclass
+class TensorPlan:
+    """The transform of K or of V in one layer.
+
+    permutation: i32 [H, D], channel j inside the cache is the model's channel permutation[h, j].
+    shift: f32 [H, D]. scale: f32 [H, D], permuted order, positive. rotation: one of ROTATIONS,
+    "hadamard" is one block per band. dense: f32 [H, D, D], orthogonal, for "dense" only.
+    clip: f32 [H, groups] in (0, 1]. exponents: i32 [H, 2], of scale and zero.
+    """
+
+    permutation: Tensor
+    shift: Tensor
+    scale: Tensor
+    rotation: str
+    dense: Tensor | None
+    clip: Tensor
+    exponents: Tensor
+    band_edges: tuple[int, ...]
+
+    @classmethod
+    def neutral(
+        cls, num_kv_heads: int, shape: TensorShape, exponents: tuple[int, int]
+    ) -> TensorPlan:
+        """The transform that changes nothing and clips nothing."""
+        size = (num_kv_heads, shape.head_dim)
+        return cls(
+            permutation=torch.arange(shape.head_dim, dtype=torch.int32).repeat(num_kv_heads, 1),
+            shift=torch.zeros(size),
+            scale=torch.ones(size),
+            rotation="none",
+            dense=None,
+            clip=torch.ones(num_kv_heads, len(shape.groups)),
+            exponents=torch.tensor([exponents], dtype=torch.int32).repeat(num_kv_heads, 1),
+            band_edges=shape.band_edges,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a plan file holds of this tensor, by name."""
+        parts = {
+            "permutation": self.permutation,
+            "shift": self.shift,
+            "scale": self.scale,
+            "clip": self.clip,
+            "exponents": self.exponents,
+        }
+        return parts if self.dense is None else parts | {"dense": self.dense}
+
+
+@dataclass
+class LayerPlan:
+    """The transforms of one layer."""
+
+    k: TensorPlan
+    v: TensorPlan
+
+
+@dataclass
+class Plan:
+    """Transforms of all layers of one model, for one pair of tensor formats.
+
+    scheme names the transform that was used; origin says in words where the numbers come from.
+    """
+
+    scheme: Scheme
+    geometry: Geometry
+    layers: list[LayerPlan]
+    rope_mode: str = "post"
+    origin: str = ""
+    shapes: dict[str, TensorShape] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        record = self.scheme.record_format(self.geometry.head_dim)
+        self.shapes = {name: TensorShape.of(record, name) for name in ("k", "v")}
+
+    @classmethod
+    def default(cls, geometry: Geometry, scheme: Scheme) -> Plan:
+        """The plan that needs no calibration: Hadamard and a fixed clip, or what the scheme names.
+
+        Raises: PlanError where the scheme names a transform that only calibration can give.
+        """
+        calibrated = (scheme.transform or frozenset()) & {"centre", "balance"}
+        if calibrated:
+            raise PlanError(
+                f"the scheme {str(scheme)!r} asks for {' and '.join(sorted(calibrated))}, which "
+                "only calibration can give, and there is no plan. Run 'skvq calibrate' and pass "
+                "its plan, or drop these keys."
+            )
+        if scheme.transform is None:
+            scheme = replace(scheme, transform=frozenset({"hadamard"}))
+        plan = cls(scheme, geometry, [], origin="default, not calibrated")
+        layer = LayerPlan(*(plan._default_tensor(name) for name in ("k", "v")))
+        plan.layers = [layer] * geometry.num_layers
+        return plan
+
+    def _default_tensor(self, name: str) -> TensorPlan:
+        shape = self.shapes[name]
+        tensor = TensorPlan.neutral(self.geometry.num_kv_heads, shape, DEFAULT_EXPONENTS[name])
+        if "hadamard" in (self.scheme.transform or ()):
+            tensor.rotation = "hadamard"
+        ratios = [
+            default_clip(levels, stop - start) if self.scheme.clip is None else self.scheme.clip
+            for (start, stop), levels in zip(shape.groups, shape.levels, strict=True)
+        ]
+        tensor.clip = torch.tensor([ratios]).repeat(self.geometry.num_kv_heads, 1)
+        return tensor
+
+    def named_tensors(self) -> Iterator[tuple[int, str, TensorPlan]]:
+        """All tensors as (layer, "k" or "v", plan)."""
+        for index, layer in enumerate(self.layers):
+            yield index, "k", layer.k
+            yield index, "v", layer.v
+
+    def check(self, geometry: Geometry | None = None, scheme: Scheme | None = None) -> None:
+        """Raises PlanError, naming every field, where this plan does not fit model or scheme."""
+        lines = geometry.differences(self.geometry) if geometry else []
+        lines += scheme.differences(self.scheme) if scheme else []
+        if lines:
+            raise PlanError(
+                "the plan does not fit:\n  " + "\n  ".join(lines) + "\nUse the plan of this model "
+                "and scheme, or make one with 'skvq calibrate'."
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file; equal plans give equal bytes."""
+        from skvq_ext.plan_file import write_plan
+
+        write_plan(self, Path(path))
+
+    @classmethod
+    def load(
+        cls, path: str | Path, geometry: Geometry | None = None, scheme: Scheme | None = None
+    ) -> Plan:
+        """Reads a plan file and checks it against the model and the scheme it is meant for.
+
+        Raises: PlanError for a file that is no plan, is damaged, or does not fit.
+        """
+        from skvq_ext.plan_file import read_plan
+
+        plan = read_plan(Path(path))
+        plan.check(geometry, scheme)
+        return plan
+
+
+def default_clip(levels: int, channels: int) -> float:
+    """The clip ratio for a group of rotated, hence nearly normal, channels.
+
+    The best half range for this many levels, over the expected maximum of `channels` normal
+    variables (Blom 1958). Never closer to 1 than half a level: a range that is missed by a quarter
+    of a step on each side costs nothing, and the steps get finer.
+    """
+    if levels not in _NORMAL_HALF_RANGE or channels < 2:
+        return 1.0
+    extreme = statistics.NormalDist().inv_cdf((channels - 0.375) / (channels + 0.25))
+    return min(1 - 0.5 / (levels - 1), _NORMAL_HALF_RANGE[levels] / extreme)
+
+
+def check_tensor(name: str, tensor: TensorPlan, num_kv_heads: int, shape: TensorShape) -> None:
+    """Raises PlanError where a tensor's plan is not a usable transform."""
+    dim = shape.head_dim
+    expected = {
+        "permutation": ((num_kv_heads, dim), torch.int32),
+        "shift": ((num_kv_heads, dim), torch.float32),
+        "scale": ((num_kv_heads, dim), torch.float32),
+        "clip": ((num_kv_heads, len(shape.groups)), torch.float32),
+        "exponents": ((num_kv_heads, 2), torch.int32),
+        "dense": ((num_kv_heads, dim, dim), torch.float32),
+    }
+    for part, value in tensor.tensors().items():
+        size, dtype = expected[part]
+        if tuple(value.shape) != size or value.dtype != dtype:
+            raise PlanError(
+                f"{name}.{part} is {value.dtype} {list(value.shape)}; the model and scheme need "
+                f"{dtype} {list(size)}. The plan is damaged or of another version."
+            )
+        if not torch.isfinite(value).all():
+            raise PlanError(f"{name}.{part} holds NaN or infinity; calibrate again.")
+    order = torch.arange(dim, dtype=torch.int32).expand(num_kv_heads, dim)
+    identity = torch.eye(dim)
+    dense = tensor.dense
+    for holds, what in (
+        (torch.equal(tensor.permutation.sort(-1).values, order), "permutation is not one"),
+        (bool((tensor.scale > 0).all()), "scale is not positive"),
+        (bool(((tensor.clip > 0) & (tensor.clip <= 1)).all()), "clip is outside (0, 1]"),
+        (bool((tensor.exponents.abs() <= 100).all()), "exponents are outside -100 .. 100"),
+        (tensor.rotation in ROTATIONS, f"rotation {tensor.rotation!r} is not one of {ROTATIONS}"),
+        ((tensor.rotation == "dense") == (dense is not None), "rotation and 'dense' disagree"),
+        (tuple(pairwise(tensor.band_edges)) == tuple(pairwise(shape.band_edges)), "bands differ"),
+        (
+            dense is None or torch.allclose(dense @ dense.mT, identity, atol=1e-4),
+            "dense rotation is not orthogonal",
+        ),
+    ):
+        if not holds:
+            raise PlanError(f"{name}: {what}. The plan is damaged; calibrate again.")

@@ -1,0 +1,115 @@
+"""Plan files: safetensors with one JSON entry that says what they belong to. Never pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from skvq_ext.geometry import Geometry, GeometryError
+from skvq_ext.plan import LayerPlan, Plan, PlanError, TensorPlan, check_tensor
+from skvq_ext.scheme import Scheme, SchemeError
+
+SCHEMA = 1
+# A single metadata entry: safetensors writes several in no fixed order, and equal plans must give
+# equal bytes.
+_ENTRY = "skvq_plan"
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Writes the plan to `path`. Raises: PlanError where it is not usable."""
+    _check_all(plan)
+    header = {
+        "schema": SCHEMA,
+        "scheme": str(plan.scheme),
+        "rope_mode": plan.rope_mode,
+        "origin": plan.origin,
+        "geometry": plan.geometry.as_dict(),
+        "rotations": [[layer.k.rotation, layer.v.rotation] for layer in plan.layers],
+    }
+    tensors = {
+        # Copies, because layers of a default plan share tensors and safetensors refuses that.
+        f"layers.{index:03d}.{name}.{part}": value.detach()
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)
+        for index, name, tensor in plan.named_tensors()
+        for part, value in tensor.tensors().items()
+    }
+    save_file(tensors, path, metadata={_ENTRY: json.dumps(header, sort_keys=True)})
+
+
+def read_plan(path: Path) -> Plan:
+    """Reads and validates the plan in `path`. Raises: PlanError, FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no plan file at {path}; make one with 'skvq calibrate'.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = _header(path, file.metadata() or {})
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise PlanError(f"{path} is not a safetensors file: {error}.") from None
+    try:
+        plan = _build(header, tensors)
+    except (KeyError, TypeError, GeometryError, SchemeError) as error:
+        raise PlanError(f"{path} is damaged: {error}.") from error
+    if tensors:
+        raise PlanError(f"{path} holds tensors no plan has: {sorted(tensors)[:4]}.")
+    _check_all(plan)
+    return plan
+
+
+def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    if _ENTRY not in metadata:
+        raise PlanError(f"{path} is a safetensors file but not a plan: it has no {_ENTRY!r} entry.")
+    try:
+        header = json.loads(metadata[_ENTRY])
+    except json.JSONDecodeError as error:
+        raise PlanError(f"{path} is damaged: its header is not JSON ({error}).") from None
+    found = header.get("schema") if isinstance(header, dict) else None
+    if found != SCHEMA:
+        raise PlanError(
+            f"{path} has plan schema {found}; this version reads schema {SCHEMA}. Calibrate again."
+        )
+    assert isinstance(header, dict)
+    return header
+
+
+def _build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
+    """Takes its tensors out of `tensors`, so that what is left over can be refused."""
+    geometry = Geometry.from_dict(header["geometry"])
+    plan = Plan(Scheme.parse(header["scheme"]), geometry, [], header["rope_mode"], header["origin"])
+    if plan.rope_mode != "post":
+        raise PlanError(
+            f"the plan is for keys cached in rope mode {plan.rope_mode!r}; this version caches "
+            "keys after RoPE ('post'). Calibrate again."
+        )
+    if len(header["rotations"]) != geometry.num_layers:
+        raise PlanError(
+            f"the plan has {len(header['rotations'])} layers for a model of {geometry.num_layers}."
+        )
+    for index, rotations in enumerate(header["rotations"]):
+        parts = [
+            TensorPlan(
+                rotation=rotation,
+                dense=tensors.pop(f"layers.{index:03d}.{name}.dense", None),
+                band_edges=plan.shapes[name].band_edges,
+                **{
+                    part: tensors.pop(f"layers.{index:03d}.{name}.{part}")
+                    for part in ("permutation", "shift", "scale", "clip", "exponents")
+                },
+            )
+            for name, rotation in zip(("k", "v"), rotations, strict=True)
+        ]
+        plan.layers.append(LayerPlan(*parts))
+    return plan
+
+
+def _check_all(plan: Plan) -> None:
+    for index, name, tensor in plan.named_tensors():
+        check_tensor(f"layer {index} {name}", tensor, plan.geometry.num_kv_heads, plan.shapes[name])
