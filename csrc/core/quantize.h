@@ -1,0 +1,49 @@
+// The quantizer of one group of one token: asymmetric, uniform, dynamic (SKVQ section 3; clipping after group
+// minimum and maximum). Two points where the published code loses accuracy are done otherwise here: codes are
+// computed against the *rounded* scale and zero, and the clip shrinks the range about its midpoint, so that it
+// is right for groups that do not straddle zero.
+//
+// Compile what includes this without contraction to fused multiply-adds: codes must agree in every bit between
+// CPU, CUDA and the reference.
+#pragma once
+
+#include "core/minifloat.h"
+
+namespace skvq {
+
+struct GroupQuantizer {
+  float zero;          // decoded
+  float scale;         // decoded, never 0
+  float inverse;       // 1 / scale
+  std::uint16_t scale_bits, zero_bits;
+};
+
+// `finite` is false where the group holds a NaN or an infinity: it is then stored as NaN and reads back as NaN,
+// as it would in full precision; no other group, token or sequence is touched.
+SKVQ_FN GroupQuantizer make_group_quantizer(float low, float high, bool finite, float clip, int levels, Meta meta,
+                                            Exponents exponents) {
+  const float middle = 0.5f * low + 0.5f * high;
+  const float half = (0.5f * high - 0.5f * low) * clip;
+  GroupQuantizer g;
+  g.zero_bits = encode_meta(meta, finite ? (middle - half) * power_of_two(-exponents.zero) : quiet_nan());
+  g.zero = decode_meta(meta, g.zero_bits) * power_of_two(exponents.zero);
+  // The step runs from the rounded zero to the wanted top, which costs nothing and leaves no gap at the top.
+  const float step = ((middle + half) - g.zero) / static_cast<float>(levels - 1);
+  g.scale_bits = encode_meta(meta, finite ? (step > 0.0f ? step : 0.0f) * power_of_two(-exponents.scale) : quiet_nan());
+  g.scale_bits = g.scale_bits == 0 ? std::uint16_t{1} : g.scale_bits;  // smallest positive value
+  g.scale = decode_meta(meta, g.scale_bits) * power_of_two(exponents.scale);
+  g.inverse = 1.0f / g.scale;
+  return g;
+}
+
+// Clamp, then round half to even. A NaN gives 0.
+SKVQ_FN int quantize(float x, const GroupQuantizer& g, int levels) {
+  float t = (x - g.zero) * g.inverse;
+  t = t > 0.0f ? t : 0.0f;
+  const float top = static_cast<float>(levels - 1);
+  t = t < top ? t : top;
+  // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even; it leaves the integer in the low bits.
+  return static_cast<int>(float_bits(t + 12582912.0f) & 0x1ffu);
+}
+
+}  // namespace skvq

@@ -1,0 +1,10 @@
+#include "cpu/decode_kernel.h"
+#include "cpu/kernels.h"
+
+namespace skvq::cpu {
+inline namespace SKVQ_ISA {
+
+AttendKernels attend_kernels() { return {attend_item, sizeof(TileValues)}; }
+
+}  // namespace SKVQ_ISA
+}  // namespace skvq::cpu

@@ -1,0 +1,108 @@
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "core/window.h"
+#include "cpu/cpu.h"
+#include "cpu/kernels.h"
+
+namespace skvq::cpu {
+namespace {
+
+struct FreeAligned {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+using AlignedFloats = std::unique_ptr<float[], FreeAligned>;
+AlignedFloats aligned_floats(std::size_t n) { return AlignedFloats(new (std::align_val_t{64}) float[n]); }
+
+// Items that share rows follow each other; the first of them covers sinks and window.
+struct RowBlockItems {
+  std::size_t first, count;
+};
+
+void plan_sequence(const DecodeArgs& a, int sequence, std::vector<WorkItem>& items, std::vector<RowBlockItems>& blocks) {
+  const CacheView& c = a.cache;
+  const int rows = a.queries.length(sequence) * (a.num_q_heads / c.num_kv_heads);
+  const int tiles = packed_tiles(c.kv_len[sequence], c.num_sinks, c.window);
+  // Splitting over tiles feeds threads when there are few rows; many rows feed them by themselves.
+  const int tiles_per_item = rows <= kRowsPerItem ? kTilesPerItem : max_int(1, tiles);
+  const int parts = max_int(1, (tiles + tiles_per_item - 1) / tiles_per_item);
+  for (int head = 0; head < c.num_kv_heads; ++head) {
+    for (int row = 0; row < rows; row += kRowsPerItem) {
+      blocks.push_back({items.size(), static_cast<std::size_t>(parts)});
+      for (int part = 0; part < parts; ++part) {
+        const int begin = part * tiles_per_item;
+        items.push_back({sequence, head, row, min_int(kRowsPerItem, rows - row), part == 0, begin,
+                         min_int(begin + tiles_per_item, tiles), nullptr, nullptr});
+      }
+    }
+  }
+}
+
+void combine(const DecodeArgs& a, const WorkItem* items, std::size_t count) {
+  const CacheView& c = a.cache;
+  const int ratio = a.num_q_heads / c.num_kv_heads;
+  for (int r = 0; r < items[0].rows; ++r) {
+    const int row = items[0].first_row + r, q_head = items[0].head * ratio + row % ratio;
+    const std::int64_t token = a.queries.begin(items[0].sequence) + row / ratio;
+    // A learned sink is one more logit whose value is zero.
+    SoftmaxState total = a.learned_sinks ? SoftmaxState{a.learned_sinks[q_head], 1.0f} : empty_state();
+    float o[kMaxHeadDim] = {};
+    for (std::size_t i = 0; i < count; ++i) {
+      const MergeWeights w = merge(total, items[i].state[r]);
+      const float* part = items[i].partial + r * c.head_dim;
+      for (int ch = 0; ch < c.head_dim; ++ch) o[ch] = o[ch] * w.a + part[ch] * w.b;
+      total = w.merged;
+    }
+    const std::int64_t out_row = token * a.num_q_heads + q_head;
+    const float norm = normalizer(total);
+    for (int ch = 0; ch < c.head_dim; ++ch) store_float(a.q_dtype, a.out, out_row * c.head_dim + ch, o[ch] * norm);
+    a.lse[out_row] = log_sum_exp(total);
+  }
+}
+
+}  // namespace
+
+void decode_attention(const DecodeArgs& a, const Parallel& parallel) {
+  const CacheView& c = a.cache;
+  std::vector<WorkItem> items;
+  std::vector<RowBlockItems> blocks;
+  for (int b = 0; b < c.batch; ++b) plan_sequence(a, b, items, blocks);
+
+  std::size_t rows = 0;
+  for (const WorkItem& item : items) rows += item.rows;
+  const AlignedFloats partials = aligned_floats(rows * c.head_dim);
+  std::vector<SoftmaxState> states(rows);
+  std::size_t next = 0;
+  for (WorkItem& item : items) {
+    item.partial = partials.get() + next * c.head_dim;
+    item.state = states.data() + next;
+    next += item.rows;
+  }
+
+  const AttendKernels& attend = kernels().attend;
+  for_each(parallel, static_cast<std::int64_t>(items.size()), [&](std::int64_t i) {
+    const std::size_t tile_floats = static_cast<std::size_t>(c.head_dim) * kTileTokens;
+    const std::size_t row_floats = static_cast<std::size_t>(c.head_dim) * kRowsPerItem;
+    const AlignedFloats buffer = aligned_floats(2 * tile_floats + row_floats + attend.tile_bytes / sizeof(float) + 1);
+    Scratch scratch{buffer.get(), buffer.get() + tile_floats, buffer.get() + 2 * tile_floats, buffer.get() + 2 * tile_floats + row_floats};
+    attend.attend_item(a, items[i], scratch);
+  });
+  for_each(parallel, static_cast<std::int64_t>(blocks.size()),
+           [&](std::int64_t i) { combine(a, &items[blocks[i].first], blocks[i].count); });
+}
+
+void merge_states(const MergeArgs& a, const Parallel& parallel) {
+  for_each(parallel, a.rows, [&](std::int64_t row) {
+    const MergeWeights w = merge({a.lse_a[row], a.lse_a[row] == minus_infinity() ? 0.0f : 1.0f},
+                                 {a.lse_b[row], a.lse_b[row] == minus_infinity() ? 0.0f : 1.0f});
+    const float norm = normalizer(w.merged);
+    for (std::int64_t i = row * a.head_dim; i < (row + 1) * a.head_dim; ++i) {
+      const float o = load_float(a.dtype, a.out_a, i) * w.a + load_float(a.dtype, a.out_b, i) * w.b;
+      store_float(a.dtype, a.out, i, o * norm);
+    }
+    a.lse[row] = log_sum_exp(w.merged);
+  });
+}
+
+}  // namespace skvq::cpu

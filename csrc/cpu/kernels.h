@@ -1,0 +1,38 @@
+// The kernels of one instruction set, and the choice among them at run time.
+#pragma once
+
+#include "cpu/decode_plan.h"
+#include "skvq/cache.h"
+
+namespace skvq::cpu {
+
+// csrc/cpu/pack.cpp, compiled once per instruction set, without contraction to fused multiply-adds.
+struct PackKernels {
+  void (*flush_tile)(const AppendArgs& args, int sequence, int head, int tile);
+  void (*store_rows)(const AppendArgs& args, int sequence, int head);
+  void (*quantize_rows)(const QuantizeRowsArgs& args, std::int64_t begin, std::int64_t end);
+  void (*dequantize_rows)(const QuantizeRowsArgs& args, std::int64_t begin, std::int64_t end);
+  // One side of a record as fp32 [64 tokens, head_dim].
+  void (*dequantize_record)(const RecordFormat& format, Side side, Exponents exponents, const std::uint8_t* record, float* out);
+};
+
+// csrc/cpu/attend.cpp, compiled once per instruction set.
+struct AttendKernels {
+  void (*attend_item)(const DecodeArgs& args, const WorkItem& item, Scratch& scratch);
+  std::int64_t tile_bytes;  // size of Scratch::tile
+};
+
+struct Kernels {
+  const char* isa;
+  PackKernels pack;
+  AttendKernels attend;
+};
+
+// The best set this CPU runs, or the one named by the environment variable SKVQ_CPU_ISA.
+// Throws std::runtime_error where that names a set that is unknown, not built or not supported by the CPU.
+const Kernels& kernels();
+
+// Comma-separated names of the sets in this build.
+const char* built_isas();
+
+}  // namespace skvq::cpu

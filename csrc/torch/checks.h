@@ -1,0 +1,53 @@
+// Checks of what comes from Python, and tensors as the argument structs of the backends. A failed check throws
+// std::invalid_argument (ValueError in Python) before anything is written.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "core/format_text.h"
+#include "cpu/parallel.h"
+#include "skvq/cache.h"
+
+#define SKVQ_CHECK(condition, ...)                                                \
+  do {                                                                            \
+    if (!(condition)) throw std::invalid_argument(::skvq::concat(__VA_ARGS__));   \
+  } while (false)
+
+namespace skvq::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+std::string shape_of(const Tensor& t);
+DType float_dtype(const Tensor& t, const char* name);
+
+// Torch's own thread pool.
+const cpu::Parallel& torch_threads();
+
+// `name` is what the message calls the tensor; -1 in `shape` stands for any size.
+void check_tensor(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<std::int64_t> shape);
+void check_shape(const Tensor& t, const char* name, std::initializer_list<std::int64_t> shape);
+void check_cpu_contiguous(const Tensor& t, const char* name);
+
+// The tensors that make up a cache, as they stand in the op schemas.
+struct CacheTensors {
+  const Tensor &pages, &page_table, &sink_k, &sink_v, &ring_k, &ring_v, &kv_len, &exponents;
+};
+struct FormatText {
+  const std::string &k, &v;
+  std::int64_t group;
+  const std::string &meta, &arrangement;
+};
+CacheView make_cache_view(const CacheTensors& t, const FormatText& format, std::int64_t window);
+
+// Rows [num_tokens, num_heads, head_dim]; any strides for tokens and heads.
+RowsView make_rows(const Tensor& t, const char* name);
+Ragged make_ragged(const OptionalTensor& cu_seqlens, const char* name, std::int64_t num_tokens, int batch);
+
+}  // namespace skvq::ops
