@@ -22,7 +22,7 @@ def _hadamard(band_edges: tuple[int, ...], device: torch.device, dtype: torch.dt
 class _Map:
     """The map of K or of V for `num_heads` heads; None stands for a step that changes nothing.
 
-    gather, scatter: int64 [num_heads * D], into the heads' channels laid end to end.
+    gather, scatter: int32 [num_heads * D], into the heads' channels laid end to end.
     shift, scale: [num_heads, D]; scale in permuted order. rotation: [D, D] or [num_heads, D, D].
     """
 
@@ -40,8 +40,8 @@ class _Map:
         gather = scatter = None
         if not torch.equal(permutation, torch.arange(dim).expand_as(permutation)):
             first = torch.arange(heads)[:, None] * dim
-            gather = (permutation + first).flatten().to(device)
-            scatter = (permutation.argsort(-1) + first).flatten().to(device)
+            gather = (permutation + first).flatten().int().to(device)
+            scatter = (permutation.argsort(-1) + first).flatten().int().to(device)
 
         def table(values: Tensor, neutral: float) -> Tensor | None:
             if bool((values == neutral).all()):

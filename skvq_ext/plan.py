@@ -11,16 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from skvq_ext import ops
+from skvq_ext.format import RecordFormat
 from skvq_ext.geometry import Geometry
 from skvq_ext.scheme import Scheme
-
-if TYPE_CHECKING:
-    from skvq_ext.format import RecordFormat
 
 __all__ = ["Geometry", "LayerPlan", "Plan", "PlanError", "TensorPlan", "TensorShape"]
 
@@ -43,6 +41,7 @@ class TensorShape:
     head_dim: int
     band_edges: tuple[int, ...]
     groups: tuple[tuple[int, int], ...]
+    codes: tuple[str, ...]  # of each group
     levels: tuple[int, ...]  # of each group
 
     @classmethod
@@ -50,13 +49,10 @@ class TensorShape:
         """The shape of tensor `name` ("k" or "v") in this record format."""
         bands = record.k_bands if name == "k" else record.v_bands
         groups = record.k_groups if name == "k" else record.v_groups
-        codes = record.k_levels if name == "k" else record.v_levels
-        levels = tuple(
-            next(n for (start, stop), n in zip(bands, codes, strict=True) if start <= first < stop)
-            for first, _ in groups
-        )
+        codes = record.codes(name)
+        levels = {code["name"]: int(code["levels"]) for code in ops.format_table()["codes"]}
         edges = (0, *(stop for _, stop in bands))
-        return cls(record.head_dim, edges, tuple(groups), levels)
+        return cls(record.head_dim, edges, groups, codes, tuple(levels[code] for code in codes))
 
 
 @dataclass

@@ -16,7 +16,7 @@ def tensor_plan(
     heads: int, dim: int, edges: tuple[int, ...], rotation: str, size: float
 ) -> TensorPlan:
     groups = tuple(pairwise(edges))
-    plan = TensorPlan.neutral(heads, TensorShape(dim, edges, groups, (4,) * len(groups)), (0, 0))
+    plan = TensorPlan.neutral(heads, TensorShape(dim, edges, groups, (), ()), (0, 0))
     plan.permutation = torch.stack([torch.randperm(dim, dtype=torch.int32) for _ in range(heads)])
     plan.shift = size * torch.randn(heads, dim)
     plan.scale = 2 ** torch.randn(heads, dim)
@@ -174,7 +174,7 @@ def test_a_row_that_saw_nothing_stays_zero() -> None:
 
 
 def test_a_door_that_changes_nothing_costs_nothing() -> None:
-    plan = TensorPlan.neutral(2, TensorShape(64, (0, 64), ((0, 64),), (4,)), (0, 0))
+    plan = TensorPlan.neutral(2, TensorShape(64, (0, 64), ((0, 64),), (), ()), (0, 0))
     door = Door(LayerPlan(plan, plan), 6)
     k, q = rows(3, 2, 64, torch.float16), rows(3, 6, 64, torch.float16)
     assert door.map_k(k) is k and door.map_v(k) is k
@@ -200,12 +200,12 @@ def test_dtype_and_shape_are_kept_for_strided_input(dtype: torch.dtype) -> None:
 
 
 def test_doors_of_one_plan_share_the_hadamard() -> None:
-    plan = TensorPlan.neutral(2, TensorShape(64, (0, 64), ((0, 64),), (4,)), (0, 0))
+    plan = TensorPlan.neutral(2, TensorShape(64, (0, 64), ((0, 64),), (), ()), (0, 0))
     plan.rotation = "hadamard"
     assert Door(LayerPlan(plan, plan), 6).nbytes() == 64 * 64 * 4
 
 
 def test_query_heads_must_divide() -> None:
-    plan = TensorPlan.neutral(2, TensorShape(64, (0, 64), ((0, 64),), (4,)), (0, 0))
+    plan = TensorPlan.neutral(2, TensorShape(64, (0, 64), ((0, 64),), (), ()), (0, 0))
     with pytest.raises(ValueError, match="5 is not a multiple of the 2 KV heads"):
         Door(LayerPlan(plan, plan), 5)
