@@ -82,8 +82,6 @@ class CMakeBuild(build_ext):
         ]
         if cuda:
             configure.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc(os.environ)}")
-        if ccache := shutil.which("ccache"):
-            configure += [f"-DCMAKE_{lang}_COMPILER_LAUNCHER={ccache}" for lang in ("CXX", "CUDA")]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         jobs = os.environ.get("MAX_JOBS")
         prefix = Path(self.get_ext_fullpath(ext.name)).resolve().parent.parent

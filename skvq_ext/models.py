@@ -37,6 +37,16 @@ class LanguageModel:
         ids = self.tokenizer(text, verbose=False)["input_ids"]
         return torch.tensor([ids], dtype=torch.int64, device=self.model.device)
 
+    def encode_chat(self, text: str) -> torch.Tensor:
+        """As `encode`, with the text as a user's message in the model's chat form."""
+        if not self.tokenizer.chat_template:
+            raise ModelError(f"{self.name} has no chat form; give the prompt without --chat.")
+        message = [{"role": "user", "content": text}]
+        chat = self.tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True
+        )
+        return self.encode(chat)
+
     def decode(self, ids: torch.Tensor) -> str:
         """Text of token ids [num_tokens], without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -103,7 +113,7 @@ def _load(
     extra = _gguf_arguments() if arguments else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **arguments, **local)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=kind, **arguments, **local, **extra
         )
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -6,9 +6,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from skvq_ext.generation import full_cache, packed_cache
+from skvq_ext.report import Step, no_steps
+
+if TYPE_CHECKING:
+    from skvq_ext.plan import Plan
+    from skvq_ext.scheme import Scheme
 
 FULL_CHUNK = 512  # tokens of a forward in full precision: bounds the memory of the logits
 PACKED_CHUNK = 64
@@ -73,3 +80,35 @@ def score(
         read = stop
     scored = num_tokens - first
     return Score(total / scored, scored, num_tokens, time.perf_counter() - started)
+
+
+def score_full(model: Any, ids: torch.Tensor, skip: int = 0, step: Step = no_steps) -> Score:
+    """Loss in full precision. Args: as `score`; step, see `skvq_ext.report`."""
+    return _stepped("full precision", step, model, ids, full_cache(model), skip, FULL_CHUNK)
+
+
+def score_packed(
+    model: Any,
+    ids: torch.Tensor,
+    scheme: Scheme,
+    plan: Plan | None = None,
+    skip: int = 0,
+    step: Step = no_steps,
+    name: str = "packed",
+) -> Score:
+    """Loss with every token older than the window read from packed bytes, as in single steps."""
+    cache = packed_cache(model, scheme, plan)
+    return _stepped(name, step, model, ids, cache, skip, packed_chunk(scheme.rollback))
+
+
+def _stepped(
+    name: str, step: Step, model: Any, ids: torch.Tensor, cache: Any, skip: int, chunk: int
+) -> Score:
+    done, total = 0, ids.shape[1] - 1
+
+    def progress(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        step(name, done, total)
+
+    return score(model, ids, cache, skip, chunk, progress)

@@ -25,8 +25,9 @@ ALLOWED = {
 INCLUDE_ROOTS = ("include", "csrc", "tests", ".")
 FRAMEWORK = re.compile(r"^(torch/|ATen/|c10/|pybind11/|Python\.h)")
 TOOLKIT = re.compile(r"^(cuda|cooperative_groups|cub/|cute/|mma\.h)")
-# Python modules that may know transformers: the adapter, and the programs at the outer edge.
-KNOWS_TRANSFORMERS = {"hf", "models.py", "cli.py", "perplexity.py"}
+# The programs at the outer edge may use everything; only they and the adapter know transformers.
+OUTER_EDGE = {"cli.py", "generation.py", "models.py", "perplexity.py", "report.py"}
+KNOWS_TRANSFORMERS = {"hf", "observe.py", *OUTER_EDGE}
 MAX_LINES = 400
 MAX_FUNCTION = 60
 
@@ -136,8 +137,9 @@ def test_python_imports_follow_the_arrows(path: Path) -> None:
     imported = imports_of(path)
     if parts[0] not in KNOWS_TRANSFORMERS:
         assert not {n for n in imported if n.split(".")[0] == "transformers"}
-    if parts[0] not in {"hf", "cli.py"}:
+    if parts[0] not in {"hf", *OUTER_EDGE}:
         assert not {n for n in imported if n.startswith("skvq_ext.hf")}
+        assert not {n for n in imported if f"{n.removeprefix('skvq_ext.')}.py" in OUTER_EDGE}
 
 
 def test_the_reference_knows_nothing_of_the_ops() -> None:
