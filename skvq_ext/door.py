@@ -60,6 +60,11 @@ class _Map:
         """Whether nothing but a shift is left of the map."""
         return self.gather is None and self.scale is None and self.rotation is None
 
+    @property
+    def shared_rotation(self) -> Tensor | None:
+        """The matrix that all maps of these bands have in common."""
+        return self.rotation if self.rotation is not None and self.rotation.dim() == 2 else None
+
     def tensors(self) -> list[Tensor]:
         """What this map keeps in memory."""
         parts = (self.gather, self.scatter, self.shift, self.scale, self.rotation)
@@ -157,11 +162,19 @@ class Door:
             return None
         return (q.to(self._dtype) * self._q.shift).sum(-1).mul(softmax_scale).float()
 
-    def nbytes(self) -> int:
-        """Bytes of the tables this door keeps, each storage counted once."""
+    def tensors(self) -> list[Tensor]:
+        """The tables this door keeps, each once; doors share their Hadamard matrices."""
         maps = (self._k, self._v, self._q, self._o)
-        storages = {part.data_ptr(): part for m in maps for part in m.tensors()}
-        return sum(part.nbytes for part in storages.values())
+        return list({id(part): part for m in maps for part in m.tensors()}.values())
+
+    def nbytes(self) -> int:
+        """Bytes of the tables this door keeps."""
+        return sum(part.nbytes for part in self.tensors())
+
+    def shared_nbytes(self) -> int:
+        """The part of them that all doors of a plan have in common: the Hadamard matrices."""
+        shared = (m.shared_rotation for m in (self._k, self._v))
+        return sum({id(part): part.nbytes for part in shared if part is not None}.values())
 
     def _enter(self, x: Tensor, m: _Map) -> Tensor:
         if m.is_identity and m.shift is None:
