@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.status import Status
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from skvq_ext.ledger import Ledger, LedgerRow
+
+_UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 CONTEXTS = (4096, 32_768, 131_072, 1_000_000)
 
 # Called with (what is being done, units done, units in all).
@@ -24,7 +30,17 @@ def no_steps(name: str, done: int, total: int) -> None:
 
 def say(text: str) -> None:
     """Prints one line."""
-    console.print(text)
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
+def heading(number: str, text: str) -> None:
+    """Starts a section."""
+    console.print(f"\n[bold cyan]{number}[/bold cyan]  [bold]{text}[/bold]")
+
+
+def busy(text: str) -> Status:
+    """A spinner on stderr for work of unknown length; use it in a with statement."""
+    return Console(stderr=True).status(text)
 
 
 @contextmanager
@@ -48,12 +64,10 @@ def steps() -> Iterator[Step]:
 
 
 def human_bytes(count: float) -> str:
-    """Bytes with a decimal unit and three digits: 63.1 GB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 999.5 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
+    """Bytes with a decimal unit and three digits: 63.6 GB."""
+    unit = next((u for u in ("B", "kB", "MB") if count < 999.5 * _UNITS[u]), "GB")
+    value = count / _UNITS[unit]
+    return f"{value:.0f} {unit}" if value >= 99.95 or unit == "B" else f"{value:.3g} {unit}"
 
 
 def human_tokens(count: int) -> str:
@@ -65,7 +79,8 @@ def human_tokens(count: int) -> str:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints a table; the first column is left-aligned, the others right-aligned."""
-    grid = Table(title=title, title_justify="left", title_style="bold")
+    console.print(f"\n{title}")
+    grid = Table(box=box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
         grid.add_column(name, justify="left" if index == 0 else "right")
     for row in rows:
@@ -99,6 +114,43 @@ def show_info(built: Mapping[str, Any], formats: Mapping[str, Any]) -> None:
         say(f"{key}: {', '.join(str(value) for value in formats[key])}")
     say("Groups may also span the whole head (ghead). Two bands: 3:1/2+2 is half the channels at 3")
     say("bits and the rest at 2.")
+
+
+def show_ledger(name: str, ledger: Ledger, rows: Sequence[LedgerRow]) -> None:
+    """Bytes of one sequence at several contexts, 16-bit cache and packed."""
+    g, kind = ledger.geometry, str(ledger.dtype).removeprefix("torch.")
+    say(
+        f"{name}: {g.num_layers} layers, {g.num_kv_heads} KV heads of {g.head_dim} channels. "
+        f"Scheme {ledger.scheme}: {ledger.bits_per_value:.3f} bits per packed value, scales and "
+        f"zeros included; sinks and window in {kind}."
+    )
+    table(
+        "Bytes of the keys and values of one sequence, weights aside",
+        ("tokens", kind, "packed", "", "times smaller"),
+        [
+            (
+                "each further",
+                f"{ledger.full_bytes_per_token:,}",
+                f"{ledger.bytes_per_token:,.1f}",
+                human_bytes(ledger.bytes_per_token),
+                _ratio(ledger.full_bytes_per_token, ledger.bytes_per_token),
+            ),
+            *(
+                (
+                    human_tokens(row.context),
+                    f"{row.full_precision:,}",
+                    f"{row.total:,}",
+                    human_bytes(row.total),
+                    _ratio(row.full_precision, row.total),
+                )
+                for row in rows
+            ),
+        ],
+    )
+
+
+def _ratio(full: float, packed: float) -> str:
+    return f"{full / packed:.2f}" if packed else "-"
 
 
 def show_continuation(name: str, done: Any) -> None:
