@@ -14,7 +14,9 @@ def _same_device(*tensors: Tensor | None) -> None:
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
         names = ", ".join(sorted(str(d) for d in devices))
-        raise ValueError(f"tensors of one call are on different devices ({names}); move all of them to one device")
+        raise ValueError(
+            f"tensors of one call are on different devices ({names}); move all of them to one device"
+        )
 
 
 @torch.library.register_fake("skvq::permute_channels")
@@ -43,7 +45,13 @@ def _quantize_pack(
 
 @torch.library.register_fake("skvq::dequantize_unpack")
 def _dequantize_unpack(
-    codes: Tensor, meta: Tensor, group_start: Tensor, *, code: str, scale_exponent: int = 0, zero_exponent: int = 0
+    codes: Tensor,
+    meta: Tensor,
+    group_start: Tensor,
+    *,
+    code: str,
+    scale_exponent: int = 0,
+    zero_exponent: int = 0,
 ) -> Tensor:
     _same_device(codes, meta, group_start)
     channels = torch.library.get_ctx().new_dynamic_size(min=1)
@@ -66,7 +74,9 @@ def _decode_attention(
 
 
 @torch.library.register_fake("skvq::merge_states")
-def _merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def _merge_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
     _same_device(out_a, lse_a, out_b, lse_b)
     return torch.empty_like(out_a), torch.empty_like(lse_a)
 

@@ -76,7 +76,8 @@ class RecordFormat:
         """Number format of every group of one side, "k" or "v"."""
         bands = self._record[side]["bands"]
         return tuple(
-            next(b["code"] for b in bands if b["begin"] <= first < b["end"]) for first, _ in self._record[side]["groups"]
+            next(b["code"] for b in bands if b["begin"] <= first < b["end"])
+            for first, _ in self._record[side]["groups"]
         )
 
     @property

@@ -54,7 +54,13 @@ class CacheTensors(NamedTuple):
 
 
 def append(
-    k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cache: CacheTensors, fmt: FormatArgs, *, window: int
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    cache: CacheTensors,
+    fmt: FormatArgs,
+    *,
+    window: int,
 ) -> None:
     """Append tokens to the sequences of a cache; packs every tile that is complete.
 
@@ -146,7 +152,9 @@ def decode_attention(
     return out, lse
 
 
-def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def merge_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
     """Merge attention of the same queries over two disjoint sets of tokens.
 
     Args:
@@ -239,7 +247,13 @@ def quantize_pack(
 
 
 def dequantize_unpack(
-    codes: Tensor, meta: Tensor, group_start: Tensor, *, code: str, scale_exponent: int = 0, zero_exponent: int = 0
+    codes: Tensor,
+    meta: Tensor,
+    group_start: Tensor,
+    *,
+    code: str,
+    scale_exponent: int = 0,
+    zero_exponent: int = 0,
 ) -> Tensor:
     """Undo `quantize_pack`: code * scale + zero.
 
@@ -249,7 +263,12 @@ def dequantize_unpack(
         float32 [tokens, channels].
     """
     result: Tensor = _ops.dequantize_unpack(
-        codes, meta, group_start, code=code, scale_exponent=scale_exponent, zero_exponent=zero_exponent
+        codes,
+        meta,
+        group_start,
+        code=code,
+        scale_exponent=scale_exponent,
+        zero_exponent=zero_exponent,
     )
     return result
 

@@ -18,8 +18,12 @@ SKVQ_FN float bits_float(std::uint32_t u) {
   __builtin_memcpy(&x, &u, sizeof x);
   return x;
 }
-SKVQ_FN float power_of_two(int exponent) { return bits_float(static_cast<std::uint32_t>(127 + exponent) << 23); }
-SKVQ_FN float quiet_nan() { return bits_float(0x7fc00000u); }
+SKVQ_FN float power_of_two(int exponent) {
+  return bits_float(static_cast<std::uint32_t>(127 + exponent) << 23);
+}
+SKVQ_FN float quiet_nan() {
+  return bits_float(0x7fc00000u);
+}
 
 // Saturates at +-448; NaN stays NaN. Conversion as in OCP "8-bit floating point", E4M3.
 SKVQ_FN std::uint8_t float_to_e4m3(float x) {
@@ -66,7 +70,9 @@ SKVQ_FN std::uint16_t float_to_half(float x) {
   return static_cast<std::uint16_t>(sign | code);
 }
 
-SKVQ_FN float bf16_to_float(std::uint16_t b) { return bits_float(static_cast<std::uint32_t>(b) << 16); }
+SKVQ_FN float bf16_to_float(std::uint16_t b) {
+  return bits_float(static_cast<std::uint32_t>(b) << 16);
+}
 
 SKVQ_FN std::uint16_t float_to_bf16(float x) {
   const std::uint32_t u = float_bits(x);
@@ -76,23 +82,34 @@ SKVQ_FN std::uint16_t float_to_bf16(float x) {
 
 SKVQ_FN float load_float(DType dtype, const void* data, std::int64_t index) {
   switch (dtype) {
-    case DType::kF32: return static_cast<const float*>(data)[index];
-    case DType::kF16: return half_to_float(static_cast<const std::uint16_t*>(data)[index]);
-    case DType::kBf16: return bf16_to_float(static_cast<const std::uint16_t*>(data)[index]);
+    case DType::kF32:
+      return static_cast<const float*>(data)[index];
+    case DType::kF16:
+      return half_to_float(static_cast<const std::uint16_t*>(data)[index]);
+    case DType::kBf16:
+      return bf16_to_float(static_cast<const std::uint16_t*>(data)[index]);
   }
   return quiet_nan();
 }
 
 SKVQ_FN void store_float(DType dtype, void* data, std::int64_t index, float x) {
   switch (dtype) {
-    case DType::kF32: static_cast<float*>(data)[index] = x; break;
-    case DType::kF16: static_cast<std::uint16_t*>(data)[index] = float_to_half(x); break;
-    case DType::kBf16: static_cast<std::uint16_t*>(data)[index] = float_to_bf16(x); break;
+    case DType::kF32:
+      static_cast<float*>(data)[index] = x;
+      break;
+    case DType::kF16:
+      static_cast<std::uint16_t*>(data)[index] = float_to_half(x);
+      break;
+    case DType::kBf16:
+      static_cast<std::uint16_t*>(data)[index] = float_to_bf16(x);
+      break;
   }
 }
 
 // Scale and zero as they are stored.
-SKVQ_FN std::uint16_t encode_meta(Meta meta, float x) { return meta == Meta::kE4m3 ? float_to_e4m3(x) : float_to_half(x); }
+SKVQ_FN std::uint16_t encode_meta(Meta meta, float x) {
+  return meta == Meta::kE4m3 ? float_to_e4m3(x) : float_to_half(x);
+}
 SKVQ_FN float decode_meta(Meta meta, std::uint16_t bits) {
   return meta == Meta::kE4m3 ? e4m3_to_float(static_cast<std::uint8_t>(bits)) : half_to_float(bits);
 }

@@ -12,9 +12,9 @@
 namespace skvq {
 
 struct GroupQuantizer {
-  float zero;          // decoded
-  float scale;         // decoded, never 0
-  float inverse;       // 1 / scale
+  float zero;     // decoded
+  float scale;    // decoded, never 0
+  float inverse;  // 1 / scale
   std::uint16_t scale_bits, zero_bits;
 };
 

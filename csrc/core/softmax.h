@@ -10,14 +10,18 @@
 
 namespace skvq {
 
-SKVQ_FN float minus_infinity() { return bits_float(0xff800000u); }
+SKVQ_FN float minus_infinity() {
+  return bits_float(0xff800000u);
+}
 
 struct SoftmaxState {
   float max;  // minus infinity while nothing was seen
   float sum;
 };
 
-SKVQ_FN SoftmaxState empty_state() { return {minus_infinity(), 0.0f}; }
+SKVQ_FN SoftmaxState empty_state() {
+  return {minus_infinity(), 0.0f};
+}
 
 // Factor for what was summed under `old_max` once the maximum is `new_max`; 0, not NaN, for an empty state.
 SKVQ_FN float rescale(float old_max, float new_max) {
@@ -35,8 +39,12 @@ SKVQ_FN MergeWeights merge(SoftmaxState a, SoftmaxState b) {
   return {wa, wb, {max, a.sum * wa + b.sum * wb}};
 }
 
-SKVQ_FN float log_sum_exp(SoftmaxState s) { return s.sum == 0.0f ? minus_infinity() : s.max + ::logf(s.sum); }
+SKVQ_FN float log_sum_exp(SoftmaxState s) {
+  return s.sum == 0.0f ? minus_infinity() : s.max + ::logf(s.sum);
+}
 // Rows that saw nothing give 0.
-SKVQ_FN float normalizer(SoftmaxState s) { return s.sum == 0.0f ? 0.0f : 1.0f / s.sum; }
+SKVQ_FN float normalizer(SoftmaxState s) {
+  return s.sum == 0.0f ? 0.0f : 1.0f / s.sum;
+}
 
 }  // namespace skvq

@@ -14,19 +14,29 @@ struct TokenRange {
   int begin, end;  // positions
 };
 
-SKVQ_FN int min_int(int a, int b) { return a < b ? a : b; }
-SKVQ_FN int max_int(int a, int b) { return a > b ? a : b; }
+SKVQ_FN int min_int(int a, int b) {
+  return a < b ? a : b;
+}
+SKVQ_FN int max_int(int a, int b) {
+  return a > b ? a : b;
+}
 
 SKVQ_FN int packed_tiles(int kv_len, int sinks, int window) {
   return max_int(0, kv_len - sinks - window) / kTileTokens;
 }
-SKVQ_FN int packed_len(int kv_len, int sinks, int window) { return packed_tiles(kv_len, sinks, window) * kTileTokens; }
+SKVQ_FN int packed_len(int kv_len, int sinks, int window) {
+  return packed_tiles(kv_len, sinks, window) * kTileTokens;
+}
 
 // Slots a ring needs: a window, a tile that is not complete yet, and what may be taken back.
-SKVQ_FN constexpr int ring_slots(int window, int rollback) { return window + kTileTokens + rollback; }
+SKVQ_FN constexpr int ring_slots(int window, int rollback) {
+  return window + kTileTokens + rollback;
+}
 
 // First position the ring holds once kv_len tokens were appended.
-SKVQ_FN int ring_begin(int kv_len, int sinks, int slots) { return max_int(min_int(sinks, kv_len), kv_len - slots); }
+SKVQ_FN int ring_begin(int kv_len, int sinks, int slots) {
+  return max_int(min_int(sinks, kv_len), kv_len - slots);
+}
 
 // End of the packed tokens (as a position) for a query at `position` when the cache holds kv_len tokens: that of
 // a single step, as long as the ring still holds the rows after it. A query beyond the cache sees what is packed.

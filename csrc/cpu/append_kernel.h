@@ -26,7 +26,8 @@ inline const void* offset(const void* data, std::int64_t index, DType dtype) {
 // The row of a token that is either in the ring already or in this call's input.
 inline const void* source_row(const AppendArgs& a, Side side, int sequence, int head, int position, int old_len) {
   const CacheView& c = a.cache;
-  if (position < old_len) return offset(side == Side::kKey ? c.ring_k : c.ring_v, c.ring_row(sequence, position, head), c.dtype);
+  if (position < old_len)
+    return offset(side == Side::kKey ? c.ring_k : c.ring_v, c.ring_row(sequence, position, head), c.dtype);
   const RowsView& rows = side == Side::kKey ? a.k : a.v;
   const std::int64_t token = a.tokens.begin(sequence) + position - old_len;
   return offset(rows.data, token * rows.token_stride + head * rows.head_stride, c.dtype);
@@ -64,7 +65,8 @@ inline void quantize_group(const Group& group, Code code, float clip, Meta meta,
 }
 
 template <class Arrangement>
-void pack_side(const RecordFormat& format, Side side, const float* clip, Exponents exponents, TileRows& tile, std::uint8_t* record) {
+void pack_side(const RecordFormat& format, Side side, const float* clip, Exponents exponents, TileRows& tile,
+               std::uint8_t* record) {
   const TensorFormat& tensor = format.side(side);
   const int groups = tensor.num_groups();
   std::uint8_t* meta = record + format.meta_offset(side);
@@ -92,9 +94,15 @@ inline void flush_tile(const AppendArgs& a, int sequence, int head, int tile_ind
     for (int t = 0; t < kTileTokens; ++t) {
       const void* row = source_row(a, side, sequence, head, c.num_sinks + tile_index * kTileTokens + t, old_len);
       switch (c.dtype) {
-        case DType::kF32: load_channels<DType::kF32>(row, t, c.head_dim, tile.x); break;
-        case DType::kF16: load_channels<DType::kF16>(row, t, c.head_dim, tile.x); break;
-        case DType::kBf16: load_channels<DType::kBf16>(row, t, c.head_dim, tile.x); break;
+        case DType::kF32:
+          load_channels<DType::kF32>(row, t, c.head_dim, tile.x);
+          break;
+        case DType::kF16:
+          load_channels<DType::kF16>(row, t, c.head_dim, tile.x);
+          break;
+        case DType::kBf16:
+          load_channels<DType::kBf16>(row, t, c.head_dim, tile.x);
+          break;
       }
     }
     const float* clip = side == Side::kKey ? a.k_clip : a.v_clip;

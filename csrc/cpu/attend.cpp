@@ -4,7 +4,9 @@
 namespace skvq::cpu {
 inline namespace SKVQ_ISA {
 
-AttendKernels attend_kernels() { return {attend_item, sizeof(TileValues)}; }
+AttendKernels attend_kernels() {
+  return {attend_item, sizeof(TileValues)};
+}
 
 }  // namespace SKVQ_ISA
 }  // namespace skvq::cpu

@@ -13,14 +13,17 @@ struct FreeAligned {
   void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
 };
 using AlignedFloats = std::unique_ptr<float[], FreeAligned>;
-AlignedFloats aligned_floats(std::size_t n) { return AlignedFloats(new (std::align_val_t{64}) float[n]); }
+AlignedFloats aligned_floats(std::size_t n) {
+  return AlignedFloats(new (std::align_val_t{64}) float[n]);
+}
 
 // Items that share rows follow each other; the first of them covers sinks and window.
 struct RowBlockItems {
   std::size_t first, count;
 };
 
-void plan_sequence(const DecodeArgs& a, int sequence, std::vector<WorkItem>& items, std::vector<RowBlockItems>& blocks) {
+void plan_sequence(const DecodeArgs& a, int sequence, std::vector<WorkItem>& items,
+                   std::vector<RowBlockItems>& blocks) {
   const CacheView& c = a.cache;
   const int rows = a.queries.length(sequence) * (a.num_q_heads / c.num_kv_heads);
   const int tiles = packed_tiles(c.kv_len[sequence], c.num_sinks, c.window);
@@ -85,7 +88,8 @@ void decode_attention(const DecodeArgs& a, const Parallel& parallel) {
     const std::size_t tile_floats = static_cast<std::size_t>(c.head_dim) * kTileTokens;
     const std::size_t row_floats = static_cast<std::size_t>(c.head_dim) * kRowsPerItem;
     const AlignedFloats buffer = aligned_floats(2 * tile_floats + row_floats + attend.tile_bytes / sizeof(float) + 1);
-    Scratch scratch{buffer.get(), buffer.get() + tile_floats, buffer.get() + 2 * tile_floats, buffer.get() + 2 * tile_floats + row_floats};
+    Scratch scratch{buffer.get(), buffer.get() + tile_floats, buffer.get() + 2 * tile_floats,
+                    buffer.get() + 2 * tile_floats + row_floats};
     attend.attend_item(a, items[i], scratch);
   });
   for_each(parallel, static_cast<std::int64_t>(blocks.size()),

@@ -27,27 +27,31 @@ struct TileValues {
 // Rows of the query that share a KV head, with their softmax states.
 struct RowBlock {
   int rows;
-  float* q;         // [rows][head_dim], times softmax_scale
-  float* group_sum; // [rows][kMaxGroups]: sum of q over the channels of each K group
-  float* o;         // [rows][head_dim]
+  float* q;          // [rows][head_dim]
+  float* group_sum;  // [rows][kMaxGroups]: sum of q over the channels of each K group
+  float* o;          // [rows][head_dim]
   SoftmaxState* state;
-  TokenRange* seen;    // positions the row may see
-  int* packed_end;     // first position the row reads in full precision after the sinks
+  TokenRange* seen;  // positions the row may see
+  int* packed_end;   // first position the row reads in full precision after the sinks
   float* shift;
 };
 
 // Scales and zeros of one side; false where a group holds a NaN.
 template <class Arrangement>
-bool load_meta_section(const RecordFormat& format, Side side, Exponents exponents, const std::uint8_t* record, TileValues& tile) {
+bool load_meta_section(const RecordFormat& format, Side side, Exponents exponents, const std::uint8_t* record,
+                       TileValues& tile) {
   const int groups = format.side(side).num_groups();
   const std::uint8_t* meta = record + format.meta_offset(side);
   const float scale_unit = power_of_two(exponents.scale), zero_unit = power_of_two(exponents.zero);
   float nan = 0.0f;
   for (int g = 0; g < groups; ++g) {
+    const float centre = code_centre(format.side(side).bands[format.side(side).group_at(g).band].code);
     for (int t = 0; t < kTileTokens; ++t) {
-      const auto at = [&](int which) { return decode_meta(format.meta, load_meta(format.meta, meta, Arrangement::meta(groups, t, g, which))); };
+      const auto at = [&](int which) {
+        return decode_meta(format.meta, load_meta(format.meta, meta, Arrangement::meta(groups, t, g, which)));
+      };
       tile.scale[static_cast<int>(side)][g][t] = at(0) * scale_unit;
-      tile.zero[static_cast<int>(side)][g][t] = at(1) * zero_unit;
+      tile.zero[static_cast<int>(side)][g][t] = at(1) * zero_unit + at(0) * scale_unit * centre;
       nan += tile.scale[static_cast<int>(side)][g][t] * 0.0f;
     }
   }
@@ -95,9 +99,15 @@ inline void load_rows(const CacheView& c, int sequence, int head, bool sinks, in
     const void* k = sinks ? c.sink_k : c.ring_k;
     const void* v = sinks ? c.sink_v : c.ring_v;
     switch (c.dtype) {
-      case DType::kF32: load_row<DType::kF32>(k, v, row, t, c.head_dim, tile); break;
-      case DType::kF16: load_row<DType::kF16>(k, v, row, t, c.head_dim, tile); break;
-      case DType::kBf16: load_row<DType::kBf16>(k, v, row, t, c.head_dim, tile); break;
+      case DType::kF32:
+        load_row<DType::kF32>(k, v, row, t, c.head_dim, tile);
+        break;
+      case DType::kF16:
+        load_row<DType::kF16>(k, v, row, t, c.head_dim, tile);
+        break;
+      case DType::kBf16:
+        load_row<DType::kBf16>(k, v, row, t, c.head_dim, tile);
+        break;
     }
   }
   tile.first = first;
@@ -106,7 +116,8 @@ inline void load_rows(const CacheView& c, int sequence, int head, bool sinks, in
 
 // Logits of R rows against 64 tokens.
 template <int R>
-void logits(const TensorFormat& format, const RowBlock& block, int row, const TileValues& tile, float s[][kTileTokens]) {
+void logits(const TensorFormat& format, const RowBlock& block, int row, const TileValues& tile,
+            float s[][kTileTokens]) {
   const int groups = tile.quantized ? format.num_groups() : 1;
   for (int tb = 0; tb < kTileTokens / kVector; tb += 2) {
     const float* k0 = tile.k + tb * format.head_dim * kVector;
@@ -114,14 +125,22 @@ void logits(const TensorFormat& format, const RowBlock& block, int row, const Ti
     Float16 total[R][2] = {};
     for (int g = 0; g < groups; ++g) {
       const Group group = tile.quantized ? format.group_at(g) : Group{0, format.head_dim, 0};
-      Float16 dot[R][2] = {};
-      for (int c = group.begin; c < group.end; ++c) {
-        const Float16 a = load(k0 + c * kVector), b = load(k1 + c * kVector);
+      // Even and odd channels apart: shorter chains of additions, less rounding.
+      Float16 dot[R][2] = {}, odd[R][2] = {};
+      for (int c = group.begin; c < group.end; c += 2) {
+        const float* k = k0 + c * kVector;
+        const float* next = k1 + c * kVector;
         for (int r = 0; r < R; ++r) {
-          const float q = block.q[(row + r) * format.head_dim + c];
-          dot[r][0] += q * a;
-          dot[r][1] += q * b;
+          const float* q = block.q + (row + r) * format.head_dim + c;
+          dot[r][0] += q[0] * load(k);
+          odd[r][0] += q[1] * load(k + kVector);
+          dot[r][1] += q[0] * load(next);
+          odd[r][1] += q[1] * load(next + kVector);
         }
+      }
+      for (int r = 0; r < R; ++r) {
+        dot[r][0] += odd[r][0];
+        dot[r][1] += odd[r][1];
       }
       for (int i = 0; i < 2; ++i) {
         for (int r = 0; r < R; ++r) {
@@ -130,7 +149,8 @@ void logits(const TensorFormat& format, const RowBlock& block, int row, const Ti
             continue;
           }
           const float sum_q = block.group_sum[(row + r) * kMaxGroups + g];
-          total[r][i] += load(tile.scale[0][g] + (tb + i) * kVector) * dot[r][i] + load(tile.zero[0][g] + (tb + i) * kVector) * sum_q;
+          total[r][i] += load(tile.scale[0][g] + (tb + i) * kVector) * dot[r][i] +
+                         load(tile.zero[0][g] + (tb + i) * kVector) * sum_q;
         }
       }
     }
@@ -141,12 +161,12 @@ void logits(const TensorFormat& format, const RowBlock& block, int row, const Ti
   }
 }
 
-// Shift, softcap and mask; then logits become probabilities under the row's new maximum. Returns the factor by
+// Scale, shift, softcap and mask; then logits become probabilities under the row's new maximum. Returns the factor by
 // which what was summed before must be multiplied.
-inline float softmax_step(float softcap, float shift, int begin, int end, float* s, SoftmaxState& state) {
-  for (int t = 0; t < kTileTokens; ++t) s[t] += shift;
-  if (softcap > 0.0f) {
-    for (int t = 0; t < kTileTokens; ++t) s[t] = softcap * ::tanhf(s[t] / softcap);
+inline float softmax_step(const DecodeArgs& a, float shift, int begin, int end, float* s, SoftmaxState& state) {
+  for (int t = 0; t < kTileTokens; ++t) s[t] = s[t] * a.softmax_scale + shift;
+  if (a.softcap > 0.0f) {
+    for (int t = 0; t < kTileTokens; ++t) s[t] = a.softcap * ::tanhf(s[t] / a.softcap);
   }
   float max = state.max;
   for (int t = begin; t < end; ++t) max = s[t] > max ? s[t] : max;
@@ -165,8 +185,9 @@ inline float softmax_step(float softcap, float shift, int begin, int end, float*
 
 // Sums of weighted values over tokens [begin, end) for R rows and V vectors of channels.
 template <int R, int V>
-SKVQ_FN void weigh_values(const RowBlock& block, int row, const float* values, int head_dim, int channel, TokenRange tokens,
-                          const float weight[][kTileTokens], const float* factor, const float* zero) {
+SKVQ_FN void weigh_values(const RowBlock& block, int row, const float* values, int head_dim, int channel,
+                          TokenRange tokens, const float weight[][kTileTokens], const float* factor,
+                          const float* zero) {
   Float16 acc[R][V] = {};
   for (int t = tokens.begin; t < tokens.end; ++t) {
     Float16 value[V];
@@ -228,7 +249,7 @@ void attend_rows(const DecodeArgs& a, RowBlock& block, int row, const TokenRange
   logits<R>(format.k, block, row, tile, s);
   TokenRange any = {kTileTokens, 0};  // tokens that some row sees
   for (int r = 0; r < R; ++r) {
-    factor[r] = softmax_step(a.softcap, block.shift[row + r], range[r].begin, range[r].end, s[r], block.state[row + r]);
+    factor[r] = softmax_step(a, block.shift[row + r], range[r].begin, range[r].end, s[r], block.state[row + r]);
     if (range[r].begin >= range[r].end) continue;
     any = {min_int(any.begin, range[r].begin), max_int(any.end, range[r].end)};
   }
@@ -249,10 +270,18 @@ inline void attend_tile(const DecodeArgs& a, RowBlock& block, const TileValues& 
     }
     if (!any) continue;
     switch (rows) {
-      case 1: attend_rows<1>(a, block, row, range, tile); break;
-      case 2: attend_rows<2>(a, block, row, range, tile); break;
-      case 3: attend_rows<3>(a, block, row, range, tile); break;
-      default: attend_rows<4>(a, block, row, range, tile); break;
+      case 1:
+        attend_rows<1>(a, block, row, range, tile);
+        break;
+      case 2:
+        attend_rows<2>(a, block, row, range, tile);
+        break;
+      case 3:
+        attend_rows<3>(a, block, row, range, tile);
+        break;
+      default:
+        attend_rows<4>(a, block, row, range, tile);
+        break;
     }
   }
 }
@@ -293,7 +322,8 @@ inline void attend_pages(const DecodeArgs& a, const WorkItem& w, RowBlock& block
   }
 }
 
-// Query rows of the item: row r is query token (first_row + r) / ratio, query head head * ratio + (first_row + r) % ratio.
+// Query rows of the item: row r is query token (first_row + r) / ratio, query head head * ratio + (first_row + r) %
+// ratio.
 inline void load_queries(const DecodeArgs& a, const WorkItem& w, RowBlock& block) {
   const CacheView& c = a.cache;
   const int ratio = a.num_q_heads / c.num_kv_heads, kv_len = c.kv_len[w.sequence];
@@ -303,7 +333,7 @@ inline void load_queries(const DecodeArgs& a, const WorkItem& w, RowBlock& block
     const std::int64_t token = a.queries.begin(w.sequence) + query;
     float* q = block.q + r * c.head_dim;
     for (int ch = 0; ch < c.head_dim; ++ch) {
-      q[ch] = load_float(a.q_dtype, a.q.data, token * a.q.token_stride + q_head * a.q.head_stride + ch) * a.softmax_scale;
+      q[ch] = load_float(a.q_dtype, a.q.data, token * a.q.token_stride + q_head * a.q.head_stride + ch);
     }
     for (int g = 0; g < c.format.k.num_groups(); ++g) {
       const Group group = c.format.k.group_at(g);

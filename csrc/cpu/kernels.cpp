@@ -7,10 +7,10 @@
 namespace skvq::cpu {
 
 // One line for each instruction set that CMake builds pack.cpp and attend.cpp for.
-#define SKVQ_DECLARE(isa)          \
-  namespace isa {                  \
-  PackKernels pack_kernels();      \
-  AttendKernels attend_kernels();  \
+#define SKVQ_DECLARE(isa)         \
+  namespace isa {                 \
+  PackKernels pack_kernels();     \
+  AttendKernels attend_kernels(); \
   }
 SKVQ_DECLARE(portable)
 #if defined(__x86_64__)
@@ -32,13 +32,14 @@ template <class F>
 void each_candidate(F&& visit) {
 #if defined(__x86_64__)
   visit(Candidate{"avx512",
-                  __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq"),
+                  __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
                   [] { return Kernels{"avx512", avx512::pack_kernels(), avx512::attend_kernels()}; }});
   visit(Candidate{"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
                   [] { return Kernels{"avx2", avx2::pack_kernels(), avx2::attend_kernels()}; }});
 #endif
-  visit(Candidate{"portable", true, [] { return Kernels{"portable", portable::pack_kernels(), portable::attend_kernels()}; }});
+  visit(Candidate{"portable", true,
+                  [] { return Kernels{"portable", portable::pack_kernels(), portable::attend_kernels()}; }});
 }
 
 Kernels choose() {
@@ -51,7 +52,8 @@ Kernels choose() {
     if (chosen.isa == nullptr && c.supported && (asked == nullptr || named)) chosen = c.make();
   });
   if (chosen.isa == nullptr) {
-    throw std::runtime_error(std::string("SKVQ_CPU_ISA=") + asked + (known ? " is not supported by this CPU" : " is not an instruction set of this build") +
+    throw std::runtime_error(std::string("SKVQ_CPU_ISA=") + asked +
+                             (known ? " is not supported by this CPU" : " is not an instruction set of this build") +
                              "; this build has " + built_isas() + ". Unset the variable to let the library choose.");
   }
   return chosen;

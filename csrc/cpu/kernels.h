@@ -13,7 +13,8 @@ struct PackKernels {
   void (*quantize_rows)(const QuantizeRowsArgs& args, std::int64_t begin, std::int64_t end);
   void (*dequantize_rows)(const QuantizeRowsArgs& args, std::int64_t begin, std::int64_t end);
   // One side of a record as fp32 [64 tokens, head_dim].
-  void (*dequantize_record)(const RecordFormat& format, Side side, Exponents exponents, const std::uint8_t* record, float* out);
+  void (*dequantize_record)(const RecordFormat& format, Side side, Exponents exponents, const std::uint8_t* record,
+                            float* out);
 };
 
 // csrc/cpu/attend.cpp, compiled once per instruction set.

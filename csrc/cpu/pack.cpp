@@ -7,7 +7,8 @@ namespace skvq::cpu {
 inline namespace SKVQ_ISA {
 
 template <class Arrangement>
-void dequantize_side(const RecordFormat& format, Side side, Exponents exponents, const std::uint8_t* record, float* out) {
+void dequantize_side(const RecordFormat& format, Side side, Exponents exponents, const std::uint8_t* record,
+                     float* out) {
   const TensorFormat& tensor = format.side(side);
   const int groups = tensor.num_groups();
   const std::uint8_t* meta = record + format.meta_offset(side);
@@ -16,7 +17,9 @@ void dequantize_side(const RecordFormat& format, Side side, Exponents exponents,
     const Band& band = tensor.bands[group.band];
     const std::uint8_t* codes = record + format.band_offset(side, group.band);
     for (int t = 0; t < kTileTokens; ++t) {
-      const auto at = [&](int which) { return decode_meta(format.meta, load_meta(format.meta, meta, Arrangement::meta(groups, t, g, which))); };
+      const auto at = [&](int which) {
+        return decode_meta(format.meta, load_meta(format.meta, meta, Arrangement::meta(groups, t, g, which)));
+      };
       const float scale = at(0) * power_of_two(exponents.scale), zero = at(1) * power_of_two(exponents.zero);
       for (int c = group.begin; c < group.end; ++c) {
         const int code = read_code<Arrangement>(side, band, codes, t, c - band.begin);
@@ -26,7 +29,8 @@ void dequantize_side(const RecordFormat& format, Side side, Exponents exponents,
   }
 }
 
-inline void dequantize_record(const RecordFormat& format, Side side, Exponents exponents, const std::uint8_t* record, float* out) {
+inline void dequantize_record(const RecordFormat& format, Side side, Exponents exponents, const std::uint8_t* record,
+                              float* out) {
   if (format.arrangement == ArrangementKind::kLanes) {
     dequantize_side<Lanes>(format, side, exponents, record, out);
   } else {

@@ -19,7 +19,8 @@ inline constexpr Parallel kSerial{run_serial};
 
 template <class F>
 void for_each(const Parallel& parallel, std::int64_t count, F&& f) {
-  parallel.run(count, &f, [](void* closure, std::int64_t i) { (*static_cast<std::remove_reference_t<F>*>(closure))(i); });
+  parallel.run(count, &f,
+               [](void* closure, std::int64_t i) { (*static_cast<std::remove_reference_t<F>*>(closure))(i); });
 }
 
 }  // namespace skvq::cpu

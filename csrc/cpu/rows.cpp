@@ -18,9 +18,13 @@ void run_rows(const QuantizeRowsArgs& a, const Parallel& parallel, RangeKernel k
 
 }  // namespace
 
-void quantize_rows(const QuantizeRowsArgs& a, const Parallel& parallel) { run_rows(a, parallel, kernels().pack.quantize_rows); }
+void quantize_rows(const QuantizeRowsArgs& a, const Parallel& parallel) {
+  run_rows(a, parallel, kernels().pack.quantize_rows);
+}
 
-void dequantize_rows(const QuantizeRowsArgs& a, const Parallel& parallel) { run_rows(a, parallel, kernels().pack.dequantize_rows); }
+void dequantize_rows(const QuantizeRowsArgs& a, const Parallel& parallel) {
+  run_rows(a, parallel, kernels().pack.dequantize_rows);
+}
 
 void unpack_pages(const UnpackPagesArgs& a, const Parallel& parallel) {
   const PackKernels& pack = kernels().pack;

@@ -59,7 +59,8 @@ inline void dequantize_rows_range(const QuantizeRowsArgs& a, std::int64_t begin,
     for (int g = 0; g < a.num_groups; ++g) {
       const int first = a.group_start[g], n = a.group_start[g + 1] - first;
       const auto meta = [&](int which, int exponent) {
-        return decode_meta(a.meta_type, load_meta(a.meta_type, a.meta, (row * a.num_groups + g) * 2 + which)) * power_of_two(exponent);
+        return decode_meta(a.meta_type, load_meta(a.meta_type, a.meta, (row * a.num_groups + g) * 2 + which)) *
+               power_of_two(exponent);
       };
       const float scale = meta(0, a.exponents.scale), zero = meta(1, a.exponents.zero);
       for (int i = 0; i < n; ++i) {

@@ -60,11 +60,19 @@ int read_code(Side side, const Band& band, const std::uint8_t* in, int token, in
   return code;
 }
 
+// Subtracted from codes when they become floats, and given back to the zero: codes then sum to about nothing over a
+// group, so that a sum does not lose its low bits to a constant part.
+SKVQ_FN constexpr float code_centre(Code code) {
+  return 0.5f * static_cast<float>(traits(code).levels - 1);
+}
+
 template <class Arrangement>
 void unpack_band(Side side, const Band& band, int head_dim, const std::uint8_t* in, float* out) {
+  const float centre = code_centre(band.code);
   for (int c = 0; c < band.channels; ++c) {
     for (int t = 0; t < kTileTokens; ++t) {
-      out[float_index(side, head_dim, t, band.begin + c)] = static_cast<float>(read_code<Arrangement>(side, band, in, t, c));
+      out[float_index(side, head_dim, t, band.begin + c)] =
+          static_cast<float>(read_code<Arrangement>(side, band, in, t, c)) - centre;
     }
   }
 }
@@ -140,29 +148,34 @@ void pack_lanes(Side side, const Band& band, const std::uint8_t* codes, std::uin
         }
       }
       write_plane<Low>(side, band.channels, tb, cb, 0, block, out);
-      if constexpr (High > 0) write_plane<High>(side, band.channels, tb, cb, Low, block, out + band.channels * kTileTokens * Low / 8);
+      if constexpr (High > 0)
+        write_plane<High>(side, band.channels, tb, cb, Low, block, out + band.channels * kTileTokens * Low / 8);
     }
   }
 }
 
 template <int Low, int High>
 void unpack_lanes(Side side, const Band& band, int head_dim, const std::uint8_t* in, float* out) {
+  const float centre = code_centre(band.code);
   for (int tb = 0; tb < Lanes::kBlocks; ++tb) {
     for (int cb = 0; cb < band.channels / 16; ++cb) {
       Block block = {};
       read_plane<Low>(side, band.channels, tb, cb, 0, in, block);
-      if constexpr (High > 0) read_plane<High>(side, band.channels, tb, cb, Low, in + band.channels * kTileTokens * Low / 8, block);
+      if constexpr (High > 0)
+        read_plane<High>(side, band.channels, tb, cb, Low, in + band.channels * kTileTokens * Low / 8, block);
       const int channel = band.begin + cb * 16;
       for (int f = 0; f < 16; ++f) {
         float* row = out + (side == Side::kKey ? float_index(side, head_dim, tb * 16, channel + f)
                                                : float_index(side, head_dim, tb * 16 + f, channel));
-        for (int lane = 0; lane < 16; ++lane) row[lane] = static_cast<float>(static_cast<std::int32_t>(block.field[f][lane]));
+        for (int lane = 0; lane < 16; ++lane)
+          row[lane] = static_cast<float>(static_cast<std::int32_t>(block.field[f][lane])) - centre;
       }
     }
   }
 }
 
 inline void unpack_lanes_ternary(Side side, const Band& band, int head_dim, const std::uint8_t* in, float* out) {
+  constexpr float kCentre = code_centre(Code::kTernary);
   for (int r = 0; r < kTernaryTileRows; ++r) {
     for (int cb = 0; cb < band.channels; cb += 16) {
       std::int32_t rest[16];
@@ -171,10 +184,11 @@ inline void unpack_lanes_ternary(Side side, const Band& band, int head_dim, cons
         float trit[16];
         for (int lane = 0; lane < 16; ++lane) {
           const std::int32_t third = (rest[lane] * 171) >> 9;  // rest / 3, exact under 256
-          trit[lane] = static_cast<float>(rest[lane] - 3 * third);
+          trit[lane] = static_cast<float>(rest[lane] - 3 * third) - kCentre;
           rest[lane] = third;
         }
-        for (int lane = 0; lane < 16; ++lane) out[float_index(side, head_dim, token, band.begin + cb + lane)] = trit[lane];
+        for (int lane = 0; lane < 16; ++lane)
+          out[float_index(side, head_dim, token, band.begin + cb + lane)] = trit[lane];
       }
     }
   }
@@ -183,12 +197,17 @@ inline void unpack_lanes_ternary(Side side, const Band& band, int head_dim, cons
 template <>
 inline void pack_band<Lanes>(Side side, const Band& band, const std::uint8_t* codes, std::uint8_t* out) {
   switch (band.code) {
-    case Code::kInt8: return pack_lanes<8, 0>(side, band, codes, out);
-    case Code::kInt4: return pack_lanes<4, 0>(side, band, codes, out);
-    case Code::kInt3: return pack_lanes<2, 1>(side, band, codes, out);
+    case Code::kInt8:
+      return pack_lanes<8, 0>(side, band, codes, out);
+    case Code::kInt4:
+      return pack_lanes<4, 0>(side, band, codes, out);
+    case Code::kInt3:
+      return pack_lanes<2, 1>(side, band, codes, out);
     case Code::kInt2:
-    case Code::kTernaryFast: return pack_lanes<2, 0>(side, band, codes, out);
-    case Code::kTernary: break;
+    case Code::kTernaryFast:
+      return pack_lanes<2, 0>(side, band, codes, out);
+    case Code::kTernary:
+      break;
   }
   for (int r = 0; r < kTernaryTileRows; ++r) {
     for (int c = 0; c < band.channels; ++c) {
@@ -205,12 +224,17 @@ inline void pack_band<Lanes>(Side side, const Band& band, const std::uint8_t* co
 template <>
 inline void unpack_band<Lanes>(Side side, const Band& band, int head_dim, const std::uint8_t* in, float* out) {
   switch (band.code) {
-    case Code::kInt8: return unpack_lanes<8, 0>(side, band, head_dim, in, out);
-    case Code::kInt4: return unpack_lanes<4, 0>(side, band, head_dim, in, out);
-    case Code::kInt3: return unpack_lanes<2, 1>(side, band, head_dim, in, out);
+    case Code::kInt8:
+      return unpack_lanes<8, 0>(side, band, head_dim, in, out);
+    case Code::kInt4:
+      return unpack_lanes<4, 0>(side, band, head_dim, in, out);
+    case Code::kInt3:
+      return unpack_lanes<2, 1>(side, band, head_dim, in, out);
     case Code::kInt2:
-    case Code::kTernaryFast: return unpack_lanes<2, 0>(side, band, head_dim, in, out);
-    case Code::kTernary: return unpack_lanes_ternary(side, band, head_dim, in, out);
+    case Code::kTernaryFast:
+      return unpack_lanes<2, 0>(side, band, head_dim, in, out);
+    case Code::kTernary:
+      return unpack_lanes_ternary(side, band, head_dim, in, out);
   }
 }
 

@@ -18,9 +18,15 @@ using Float16 = float __attribute__((vector_size(64), aligned(4), may_alias));
 using Int16 = std::int32_t __attribute__((vector_size(64), aligned(4), may_alias));
 inline constexpr int kVector = 16;
 
-SKVQ_FN Float16 splat(float x) { return Float16{} + x; }
-SKVQ_FN Float16 load(const float* p) { return *reinterpret_cast<const Float16*>(p); }
-SKVQ_FN void store(float* p, Float16 v) { *reinterpret_cast<Float16*>(p) = v; }
+SKVQ_FN Float16 splat(float x) {
+  return Float16{} + x;
+}
+SKVQ_FN Float16 load(const float* p) {
+  return *reinterpret_cast<const Float16*>(p);
+}
+SKVQ_FN void store(float* p, Float16 v) {
+  *reinterpret_cast<Float16*>(p) = v;
+}
 
 SKVQ_FN float sum(Float16 v) {
   float s = 0.0f;

@@ -13,19 +13,19 @@ namespace {
 void check_page(const CacheView& c, int sequence, int tile) {
   const std::int32_t page = c.page_table[static_cast<std::int64_t>(sequence) * c.max_pages + tile];
   SKVQ_CHECK(page >= 0 && page < c.num_pages, "page_table[", sequence, ", ", tile, "] is ", page, "; tokens ",
-             c.num_sinks + tile * kTileTokens, " to ", c.num_sinks + (tile + 1) * kTileTokens - 1, " of sequence ", sequence,
-             " need a page in 0 to ", c.num_pages - 1, ": allocate more pages");
+             c.num_sinks + tile * kTileTokens, " to ", c.num_sinks + (tile + 1) * kTileTokens - 1, " of sequence ",
+             sequence, " need a page in 0 to ", c.num_pages - 1, ": allocate more pages");
 }
 
 void check_pages_to_write(const AppendArgs& a) {
   const CacheView& c = a.cache;
   for (int b = 0; b < c.batch; ++b) {
     const std::int64_t new_len = static_cast<std::int64_t>(c.kv_len[b]) + a.tokens.length(b);
-    SKVQ_CHECK(c.kv_len[b] >= 0 && new_len < (1 << 30), "sequence ", b, " has kv_len ", c.kv_len[b], " and would grow to ", new_len,
-               " tokens; allowed is 0 to ", (1 << 30) - 1);
+    SKVQ_CHECK(c.kv_len[b] >= 0 && new_len < (1 << 30), "sequence ", b, " has kv_len ", c.kv_len[b],
+               " and would grow to ", new_len, " tokens; allowed is 0 to ", (1 << 30) - 1);
     const int tiles = packed_tiles(static_cast<int>(new_len), c.num_sinks, c.window);
-    SKVQ_CHECK(tiles <= c.max_pages, "sequence ", b, " would grow to ", new_len, " tokens and need ", tiles, " pages, but page_table has room for ",
-               c.max_pages, ": make it wider");
+    SKVQ_CHECK(tiles <= c.max_pages, "sequence ", b, " would grow to ", new_len, " tokens and need ", tiles,
+               " pages, but page_table has room for ", c.max_pages, ": make it wider");
     for (int tile = packed_tiles(c.kv_len[b], c.num_sinks, c.window); tile < tiles; ++tile) check_page(c, b, tile);
   }
 }
@@ -39,7 +39,8 @@ void check_pages_to_read(const DecodeArgs& a) {
     SKVQ_CHECK(!a.queries_in_cache || q_len <= kv_len, "sequence ", b, " has ", q_len, " queries but ", kv_len,
                " cached tokens; append the tokens first, or pass queries_in_cache=False for queries after the cache");
     const int tiles = packed_tiles(kv_len, c.num_sinks, c.window);
-    SKVQ_CHECK(tiles <= c.max_pages, "sequence ", b, " has ", kv_len, " tokens in ", tiles, " pages, but page_table has room for ", c.max_pages);
+    SKVQ_CHECK(tiles <= c.max_pages, "sequence ", b, " has ", kv_len, " tokens in ", tiles,
+               " pages, but page_table has room for ", c.max_pages);
     const int first_position = a.queries_in_cache ? kv_len - q_len : kv_len;
     const int first_seen = visible(first_position, kv_len, a.sliding_window).begin - c.num_sinks;
     for (int tile = max_int(0, first_seen) / kTileTokens; tile < tiles; ++tile) check_page(c, b, tile);
@@ -57,18 +58,18 @@ const float* clip_data(const Tensor& clip, const char* name, int heads, const Te
 
 }  // namespace
 
-void append(const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens, Tensor pages, const Tensor& page_table, Tensor sink_k,
-            Tensor sink_v, Tensor ring_k, Tensor ring_v, Tensor kv_len, const Tensor& k_clip, const Tensor& v_clip,
-            const Tensor& exponents, const std::string& k_format, const std::string& v_format, std::int64_t group,
-            const std::string& meta, const std::string& arrangement, std::int64_t window) {
+void append(const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens, Tensor pages, const Tensor& page_table,
+            Tensor sink_k, Tensor sink_v, Tensor ring_k, Tensor ring_v, Tensor kv_len, const Tensor& k_clip,
+            const Tensor& v_clip, const Tensor& exponents, const std::string& k_format, const std::string& v_format,
+            std::int64_t group, const std::string& meta, const std::string& arrangement, std::int64_t window) {
   AppendArgs a{};
   a.cache = make_cache_view({pages, page_table, sink_k, sink_v, ring_k, ring_v, kv_len, exponents},
                             {k_format, v_format, group, meta, arrangement}, window);
   check_shape(k, "k", {-1, a.cache.num_kv_heads, a.cache.head_dim});
   check_shape(v, "v", {k.size(0), a.cache.num_kv_heads, a.cache.head_dim});
   SKVQ_CHECK(k.scalar_type() == ring_k.scalar_type() && v.scalar_type() == ring_k.scalar_type(), "k and v have dtypes ",
-             torch::headeronly::toString(k.scalar_type()), " and ", torch::headeronly::toString(v.scalar_type()), "; the cache holds ",
-             torch::headeronly::toString(ring_k.scalar_type()));
+             torch::headeronly::toString(k.scalar_type()), " and ", torch::headeronly::toString(v.scalar_type()),
+             "; the cache holds ", torch::headeronly::toString(ring_k.scalar_type()));
   a.k = make_rows(k, "k");
   a.v = make_rows(v, "v");
   a.tokens = make_ragged(cu_seqlens, "cu_seqlens", k.size(0), a.cache.batch);
@@ -78,23 +79,27 @@ void append(const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens, 
   cpu::append(a, torch_threads());
 }
 
-std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const OptionalTensor& cu_seqlens_q, const Tensor& pages, const Tensor& page_table,
-                                            const Tensor& sink_k, const Tensor& sink_v, const Tensor& ring_k, const Tensor& ring_v,
-                                            const Tensor& kv_len, const Tensor& exponents, const OptionalTensor& learned_sinks,
-                                            const OptionalTensor& logit_shift, const std::string& k_format, const std::string& v_format,
-                                            std::int64_t group, const std::string& meta, const std::string& arrangement,
-                                            std::int64_t window, double softmax_scale, std::int64_t sliding_window, double softcap,
-                                            bool queries_in_cache) {
+std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const OptionalTensor& cu_seqlens_q, const Tensor& pages,
+                                            const Tensor& page_table, const Tensor& sink_k, const Tensor& sink_v,
+                                            const Tensor& ring_k, const Tensor& ring_v, const Tensor& kv_len,
+                                            const Tensor& exponents, const OptionalTensor& learned_sinks,
+                                            const OptionalTensor& logit_shift, const std::string& k_format,
+                                            const std::string& v_format, std::int64_t group, const std::string& meta,
+                                            const std::string& arrangement, std::int64_t window, double softmax_scale,
+                                            std::int64_t sliding_window, double softcap, bool queries_in_cache) {
   DecodeArgs a{};
   a.cache = make_cache_view({pages, page_table, sink_k, sink_v, ring_k, ring_v, kv_len, exponents},
                             {k_format, v_format, group, meta, arrangement}, window);
   const int kv_heads = a.cache.num_kv_heads;
   check_shape(q, "q", {-1, -1, a.cache.head_dim});
   const std::int64_t num_tokens = q.size(0), num_q_heads = q.size(1);
-  SKVQ_CHECK(num_q_heads > 0 && num_q_heads % kv_heads == 0, "q has ", num_q_heads, " heads; expected a multiple of the cache's ", kv_heads, " KV heads");
+  SKVQ_CHECK(num_q_heads > 0 && num_q_heads % kv_heads == 0, "q has ", num_q_heads,
+             " heads; expected a multiple of the cache's ", kv_heads, " KV heads");
   SKVQ_CHECK(std::isfinite(softmax_scale), "softmax_scale is ", softmax_scale, "; expected a finite number");
-  SKVQ_CHECK(std::isfinite(softcap) && softcap >= 0.0, "softcap is ", softcap, "; expected 0 (none) or a positive number");
-  SKVQ_CHECK(sliding_window >= 0, "sliding_window is ", sliding_window, "; expected 0 (none) or the number of tokens a query sees");
+  SKVQ_CHECK(std::isfinite(softcap) && softcap >= 0.0, "softcap is ", softcap,
+             "; expected 0 (none) or a positive number");
+  SKVQ_CHECK(sliding_window >= 0, "sliding_window is ", sliding_window,
+             "; expected 0 (none) or the number of tokens a query sees");
   a.q = make_rows(q, "q");
   a.q_dtype = float_dtype(q, "q");
   a.queries = make_ragged(cu_seqlens_q, "cu_seqlens_q", num_tokens, a.cache.batch);

@@ -5,11 +5,14 @@
 namespace skvq::ops {
 namespace {
 
-const char* dtype_name(const Tensor& t) { return torch::headeronly::toString(t.scalar_type()); }
+const char* dtype_name(const Tensor& t) {
+  return torch::headeronly::toString(t.scalar_type());
+}
 
 std::string shape_text(std::initializer_list<std::int64_t> shape) {
   std::string text;
-  for (const std::int64_t n : shape) text += (text.empty() ? "" : ", ") + (n < 0 ? std::string("any") : std::to_string(n));
+  for (const std::int64_t n : shape)
+    text += (text.empty() ? "" : ", ") + (n < 0 ? std::string("any") : std::to_string(n));
   return "[" + text + "]";
 }
 
@@ -23,10 +26,14 @@ std::string shape_of(const Tensor& t) {
 
 DType float_dtype(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kF32;
-    case ScalarType::Half: return DType::kF16;
-    case ScalarType::BFloat16: return DType::kBf16;
-    default: throw std::invalid_argument(concat(name, " has dtype ", dtype_name(t), "; use float32, float16 or bfloat16"));
+    case ScalarType::Float:
+      return DType::kF32;
+    case ScalarType::Half:
+      return DType::kF16;
+    case ScalarType::BFloat16:
+      return DType::kBf16;
+    default:
+      throw std::invalid_argument(concat(name, " has dtype ", dtype_name(t), "; use float32, float16 or bfloat16"));
   }
 }
 
@@ -50,26 +57,31 @@ void check_shape(const Tensor& t, const char* name, std::initializer_list<std::i
 }
 
 void check_cpu_contiguous(const Tensor& t, const char* name) {
-  SKVQ_CHECK(t.is_cpu(), name, " is not on the CPU like the other tensors of this call; move all of them to one device");
+  SKVQ_CHECK(t.is_cpu(), name,
+             " is not on the CPU like the other tensors of this call; move all of them to one device");
   SKVQ_CHECK(t.is_contiguous(), name, " is not contiguous; call .contiguous() on it");
 }
 
 void check_tensor(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<std::int64_t> shape) {
   check_shape(t, name, shape);
-  SKVQ_CHECK(t.scalar_type() == dtype, name, " has dtype ", dtype_name(t), "; expected ", torch::headeronly::toString(dtype));
+  SKVQ_CHECK(t.scalar_type() == dtype, name, " has dtype ", dtype_name(t), "; expected ",
+             torch::headeronly::toString(dtype));
   check_cpu_contiguous(t, name);
 }
 
 CacheView make_cache_view(const CacheTensors& t, const FormatText& text, std::int64_t window) {
-  SKVQ_CHECK(t.ring_k.dim() == 4, "ring_k has shape ", shape_of(t.ring_k), "; expected [batch, ring slots, num_kv_heads, head_dim]");
-  const std::int64_t batch = t.ring_k.size(0), slots = t.ring_k.size(1), heads = t.ring_k.size(2), head_dim = t.ring_k.size(3);
-  const RecordFormat format = parse_record_format(text.k, text.v, static_cast<int>(text.group), text.meta, text.arrangement,
-                                                  static_cast<int>(head_dim));
+  SKVQ_CHECK(t.ring_k.dim() == 4, "ring_k has shape ", shape_of(t.ring_k),
+             "; expected [batch, ring slots, num_kv_heads, head_dim]");
+  const std::int64_t batch = t.ring_k.size(0), slots = t.ring_k.size(1), heads = t.ring_k.size(2),
+                     head_dim = t.ring_k.size(3);
+  const RecordFormat format = parse_record_format(text.k, text.v, static_cast<int>(text.group), text.meta,
+                                                  text.arrangement, static_cast<int>(head_dim));
   const DType dtype = float_dtype(t.ring_k, "ring_k");
   const ScalarType scalar = t.ring_k.scalar_type();
   SKVQ_CHECK(window >= 1, "window is ", window, "; at least 1 token (the query's own) must stay in full precision");
   SKVQ_CHECK(slots >= ring_slots(static_cast<int>(window), 0), "ring_k has ", slots, " slots; a window of ", window,
-             " tokens needs at least ", ring_slots(static_cast<int>(window), 0), " (window + ", kTileTokens, " + rollback)");
+             " tokens needs at least ", ring_slots(static_cast<int>(window), 0), " (window + ", kTileTokens,
+             " + rollback)");
   check_tensor(t.ring_k, "ring_k", scalar, {batch, slots, heads, head_dim});
   check_tensor(t.ring_v, "ring_v", scalar, {batch, slots, heads, head_dim});
   check_tensor(t.sink_k, "sink_k", scalar, {batch, -1, heads, head_dim});
@@ -80,7 +92,8 @@ CacheView make_cache_view(const CacheTensors& t, const FormatText& text, std::in
   check_tensor(t.exponents, "exponents", ScalarType::Int, {heads, 4});
   const std::int32_t* exponents = t.exponents.const_data_ptr<std::int32_t>();
   for (std::int64_t i = 0; i < heads * 4; ++i) {
-    SKVQ_CHECK(exponents[i] >= -32 && exponents[i] <= 32, "exponents of head ", i / 4, " hold ", exponents[i], "; allowed is -32 to 32");
+    SKVQ_CHECK(exponents[i] >= -32 && exponents[i] <= 32, "exponents of head ", i / 4, " hold ", exponents[i],
+               "; allowed is -32 to 32");
   }
   return {static_cast<std::uint8_t*>(t.pages.mutable_data_ptr()),
           t.page_table.const_data_ptr<std::int32_t>(),
@@ -103,24 +116,27 @@ CacheView make_cache_view(const CacheTensors& t, const FormatText& text, std::in
 }
 
 RowsView make_rows(const Tensor& t, const char* name) {
-  SKVQ_CHECK(t.is_cpu(), name, " is not on the CPU like the other tensors of this call; move all of them to one device");
-  SKVQ_CHECK(t.stride(2) == 1 || t.size(2) <= 1, name, " has stride ", t.stride(2), " in its last dimension; channels must be adjacent: call .contiguous() on it");
+  SKVQ_CHECK(t.is_cpu(), name,
+             " is not on the CPU like the other tensors of this call; move all of them to one device");
+  SKVQ_CHECK(t.stride(2) == 1 || t.size(2) <= 1, name, " has stride ", t.stride(2),
+             " in its last dimension; channels must be adjacent: call .contiguous() on it");
   return {t.const_data_ptr(), t.stride(0), t.stride(1)};
 }
 
 Ragged make_ragged(const OptionalTensor& cu_seqlens, const char* name, std::int64_t num_tokens, int batch) {
   if (!cu_seqlens) {
-    SKVQ_CHECK(batch == 0 || num_tokens % batch == 0, "without ", name, " all ", batch, " sequences have equal lengths, but ", num_tokens,
-               " tokens do not divide by that; pass ", name);
+    SKVQ_CHECK(batch == 0 || num_tokens % batch == 0, "without ", name, " all ", batch,
+               " sequences have equal lengths, but ", num_tokens, " tokens do not divide by that; pass ", name);
     return {nullptr, num_tokens, batch};
   }
   check_tensor(*cu_seqlens, name, ScalarType::Int, {batch + 1});
   const std::int32_t* starts = cu_seqlens->const_data_ptr<std::int32_t>();
   for (int b = 0; b < batch; ++b) {
-    SKVQ_CHECK(starts[b + 1] >= starts[b], name, " decreases from ", starts[b], " to ", starts[b + 1], " at sequence ", b);
+    SKVQ_CHECK(starts[b + 1] >= starts[b], name, " decreases from ", starts[b], " to ", starts[b + 1], " at sequence ",
+               b);
   }
-  SKVQ_CHECK(starts[0] == 0 && starts[batch] == num_tokens, name, " runs from ", starts[0], " to ", starts[batch], "; expected 0 to ", num_tokens,
-             ", the number of tokens given");
+  SKVQ_CHECK(starts[0] == 0 && starts[batch] == num_tokens, name, " runs from ", starts[0], " to ", starts[batch],
+             "; expected 0 to ", num_tokens, ", the number of tokens given");
   return {starts, num_tokens, batch};
 }
 

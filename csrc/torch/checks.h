@@ -13,9 +13,9 @@
 #include "cpu/parallel.h"
 #include "skvq/cache.h"
 
-#define SKVQ_CHECK(condition, ...)                                                \
-  do {                                                                            \
-    if (!(condition)) throw std::invalid_argument(::skvq::concat(__VA_ARGS__));   \
+#define SKVQ_CHECK(condition, ...)                                              \
+  do {                                                                          \
+    if (!(condition)) throw std::invalid_argument(::skvq::concat(__VA_ARGS__)); \
   } while (false)
 
 namespace skvq::ops {

@@ -9,14 +9,15 @@
 namespace skvq::ops {
 namespace {
 
-std::string describe_record(const std::string& k_format, const std::string& v_format, std::int64_t group, const std::string& meta,
-                            const std::string& arrangement, std::int64_t head_dim) {
-  return describe(parse_record_format(k_format, v_format, static_cast<int>(group), meta, arrangement, static_cast<int>(head_dim)));
+std::string describe_record(const std::string& k_format, const std::string& v_format, std::int64_t group,
+                            const std::string& meta, const std::string& arrangement, std::int64_t head_dim) {
+  return describe(
+      parse_record_format(k_format, v_format, static_cast<int>(group), meta, arrangement, static_cast<int>(head_dim)));
 }
 
 std::string build_info() {
-  return concat("{\"version\": \"" SKVQ_VERSION "\", \"compiler\": \"" SKVQ_COMPILER "\", \"torch_headers\": \"" SKVQ_TORCH_HEADERS
-                "\", \"cuda\": null, \"cpu_isas\": \"",
+  return concat("{\"version\": \"" SKVQ_VERSION "\", \"compiler\": \"" SKVQ_COMPILER
+                "\", \"torch_headers\": \"" SKVQ_TORCH_HEADERS "\", \"cuda\": null, \"cpu_isas\": \"",
                 cpu::built_isas(), "\", \"cpu_isa\": \"", cpu::kernels().isa, "\"}");
 }
 
@@ -26,24 +27,31 @@ std::string build_info() {
 STABLE_TORCH_LIBRARY(skvq, m) {
   m.def("permute_channels(Tensor x, Tensor permutation) -> Tensor");
   m.def(
-      "quantize_pack(Tensor x, Tensor group_start, Tensor? clip=None, *, str code, str meta=\"fp8\", int scale_exponent=0, "
+      "quantize_pack(Tensor x, Tensor group_start, Tensor? clip=None, *, str code, str meta=\"fp8\", int "
+      "scale_exponent=0, "
       "int zero_exponent=0) -> (Tensor codes, Tensor meta)");
   m.def(
-      "dequantize_unpack(Tensor codes, Tensor meta, Tensor group_start, *, str code, int scale_exponent=0, int zero_exponent=0) "
+      "dequantize_unpack(Tensor codes, Tensor meta, Tensor group_start, *, str code, int scale_exponent=0, int "
+      "zero_exponent=0) "
       "-> Tensor");
   m.def(
-      "append(Tensor k, Tensor v, Tensor? cu_seqlens, Tensor(a!) pages, Tensor page_table, Tensor(b!) sink_k, Tensor(c!) sink_v, "
-      "Tensor(d!) ring_k, Tensor(e!) ring_v, Tensor(f!) kv_len, Tensor k_clip, Tensor v_clip, Tensor exponents, *, str k_format, "
+      "append(Tensor k, Tensor v, Tensor? cu_seqlens, Tensor(a!) pages, Tensor page_table, Tensor(b!) sink_k, "
+      "Tensor(c!) sink_v, "
+      "Tensor(d!) ring_k, Tensor(e!) ring_v, Tensor(f!) kv_len, Tensor k_clip, Tensor v_clip, Tensor exponents, *, str "
+      "k_format, "
       "str v_format, int group, str meta, str arrangement, int window) -> ()");
   m.def(
       "decode_attention(Tensor q, Tensor? cu_seqlens_q, Tensor pages, Tensor page_table, Tensor sink_k, Tensor sink_v, "
-      "Tensor ring_k, Tensor ring_v, Tensor kv_len, Tensor exponents, Tensor? learned_sinks=None, Tensor? logit_shift=None, *, "
-      "str k_format, str v_format, int group, str meta, str arrangement, int window, float softmax_scale, int sliding_window=0, "
+      "Tensor ring_k, Tensor ring_v, Tensor kv_len, Tensor exponents, Tensor? learned_sinks=None, Tensor? "
+      "logit_shift=None, *, "
+      "str k_format, str v_format, int group, str meta, str arrangement, int window, float softmax_scale, int "
+      "sliding_window=0, "
       "float softcap=0.0, bool queries_in_cache=True) -> (Tensor out, Tensor lse)");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
   m.def("copy_pages(Tensor(a!) pages, Tensor source_ids, Tensor target_ids) -> ()");
   m.def(
-      "unpack_pages(Tensor pages, Tensor page_ids, Tensor exponents, *, str k_format, str v_format, int group, str meta, "
+      "unpack_pages(Tensor pages, Tensor page_ids, Tensor exponents, *, str k_format, str v_format, int group, str "
+      "meta, "
       "str arrangement, int head_dim) -> (Tensor k, Tensor v)");
   m.def("format_table() -> str");
   m.def("describe_record(str k_format, str v_format, int group, str meta, str arrangement, int head_dim) -> str");

@@ -10,8 +10,8 @@ namespace skvq::ops {
 namespace {
 
 Exponents check_exponents(std::int64_t scale, std::int64_t zero) {
-  SKVQ_CHECK(scale >= -32 && scale <= 32 && zero >= -32 && zero <= 32, "scale_exponent and zero_exponent are ", scale, " and ", zero,
-             "; allowed is -32 to 32");
+  SKVQ_CHECK(scale >= -32 && scale <= 32 && zero >= -32 && zero <= 32, "scale_exponent and zero_exponent are ", scale,
+             " and ", zero, "; allowed is -32 to 32");
   return {static_cast<int>(scale), static_cast<int>(zero)};
 }
 
@@ -24,11 +24,12 @@ int check_groups(const Tensor& group_start, std::int64_t channels, Code code) {
   const std::int64_t groups = group_start.size(0) - 1;
   int bytes = 0;
   for (std::int64_t g = 0; g < groups; ++g) {
-    SKVQ_CHECK(start[g + 1] > start[g], "group ", g, " runs from channel ", start[g], " to ", start[g + 1], "; a group needs at least one channel");
+    SKVQ_CHECK(start[g + 1] > start[g], "group ", g, " runs from channel ", start[g], " to ", start[g + 1],
+               "; a group needs at least one channel");
     bytes += group_row_bytes(code, start[g + 1] - start[g]);
   }
-  SKVQ_CHECK(start[0] == 0 && (channels < 0 || start[groups] == channels), "group_start runs from ", start[0], " to ", start[groups],
-             "; expected 0 to ", channels, ", the number of channels");
+  SKVQ_CHECK(start[0] == 0 && (channels < 0 || start[groups] == channels), "group_start runs from ", start[0], " to ",
+             start[groups], "; expected 0 to ", channels, ", the number of channels");
   return bytes;
 }
 
@@ -42,7 +43,8 @@ void check_page_ids(const Tensor& ids, const char* name, std::int64_t num_pages)
 }
 
 template <class T>
-void gather_channels(const T* x, const std::int32_t* permutation, T* out, std::int64_t rows, std::int64_t heads, std::int64_t dim) {
+void gather_channels(const T* x, const std::int32_t* permutation, T* out, std::int64_t rows, std::int64_t heads,
+                     std::int64_t dim) {
   cpu::for_each(torch_threads(), rows, [&](std::int64_t row) {
     for (std::int64_t h = 0; h < heads; ++h) {
       const std::int64_t base = (row * heads + h) * dim;
@@ -64,8 +66,8 @@ Tensor permute_channels(const Tensor& x, const Tensor& permutation) {
     std::vector<bool> seen(dim, false);
     for (std::int64_t c = 0; c < dim; ++c) {
       const std::int32_t from = p[h * dim + c];
-      SKVQ_CHECK(from >= 0 && from < dim && !seen[from], "permutation of head ", h, " holds ", from, " at ", c, "; each channel of 0 to ",
-                 dim - 1, " must occur once");
+      SKVQ_CHECK(from >= 0 && from < dim && !seen[from], "permutation of head ", h, " holds ", from, " at ", c,
+                 "; each channel of 0 to ", dim - 1, " must occur once");
       seen[from] = true;
     }
   }
@@ -74,13 +76,15 @@ Tensor permute_channels(const Tensor& x, const Tensor& permutation) {
   if (dtype == DType::kF32) {
     gather_channels(x.const_data_ptr<float>(), p, static_cast<float*>(out.mutable_data_ptr()), rows, heads, dim);
   } else {
-    gather_channels(static_cast<const std::uint16_t*>(x.const_data_ptr()), p, static_cast<std::uint16_t*>(out.mutable_data_ptr()), rows, heads, dim);
+    gather_channels(static_cast<const std::uint16_t*>(x.const_data_ptr()), p,
+                    static_cast<std::uint16_t*>(out.mutable_data_ptr()), rows, heads, dim);
   }
   return out;
 }
 
-std::tuple<Tensor, Tensor> quantize_pack(const Tensor& x, const Tensor& group_start, const OptionalTensor& clip, const std::string& code,
-                                         const std::string& meta, std::int64_t scale_exponent, std::int64_t zero_exponent) {
+std::tuple<Tensor, Tensor> quantize_pack(const Tensor& x, const Tensor& group_start, const OptionalTensor& clip,
+                                         const std::string& code, const std::string& meta, std::int64_t scale_exponent,
+                                         std::int64_t zero_exponent) {
   QuantizeRowsArgs a{};
   SKVQ_CHECK(x.dim() == 2, "x has shape ", shape_of(x), "; expected [tokens, channels]");
   a.dtype = float_dtype(x, "x");
@@ -96,11 +100,13 @@ std::tuple<Tensor, Tensor> quantize_pack(const Tensor& x, const Tensor& group_st
     check_tensor(*clip, "clip", ScalarType::Float, {a.num_groups});
     a.clip = clip->const_data_ptr<float>();
     for (int g = 0; g < a.num_groups; ++g) {
-      SKVQ_CHECK(a.clip[g] > 0.0f && a.clip[g] <= 1.0f, "clip of group ", g, " is ", a.clip[g], "; a clip ratio is above 0 and at most 1");
+      SKVQ_CHECK(a.clip[g] > 0.0f && a.clip[g] <= 1.0f, "clip of group ", g, " is ", a.clip[g],
+                 "; a clip ratio is above 0 and at most 1");
     }
   }
   Tensor codes = torch::stable::new_empty(x, {a.num_rows, a.row_bytes}, ScalarType::Byte);
-  Tensor metas = torch::stable::new_empty(x, {a.num_rows, a.num_groups, 2}, a.meta_type == Meta::kE4m3 ? ScalarType::Float8_e4m3fn : ScalarType::Half);
+  Tensor metas = torch::stable::new_empty(x, {a.num_rows, a.num_groups, 2},
+                                          a.meta_type == Meta::kE4m3 ? ScalarType::Float8_e4m3fn : ScalarType::Half);
   a.x = x.const_data_ptr();
   a.group_start = group_start.const_data_ptr<std::int32_t>();
   a.codes = static_cast<std::uint8_t*>(codes.mutable_data_ptr());
@@ -113,8 +119,9 @@ Tensor dequantize_unpack(const Tensor& codes, const Tensor& meta, const Tensor& 
                          std::int64_t scale_exponent, std::int64_t zero_exponent) {
   QuantizeRowsArgs a{};
   a.code = parse_code(code);
-  SKVQ_CHECK(meta.scalar_type() == ScalarType::Float8_e4m3fn || meta.scalar_type() == ScalarType::Half, "meta has dtype ",
-             torch::headeronly::toString(meta.scalar_type()), "; expected float8_e4m3fn or float16, as quantize_pack returns it");
+  SKVQ_CHECK(meta.scalar_type() == ScalarType::Float8_e4m3fn || meta.scalar_type() == ScalarType::Half,
+             "meta has dtype ", torch::headeronly::toString(meta.scalar_type()),
+             "; expected float8_e4m3fn or float16, as quantize_pack returns it");
   a.meta_type = meta.scalar_type() == ScalarType::Half ? Meta::kFp16 : Meta::kE4m3;
   a.exponents = check_exponents(scale_exponent, zero_exponent);
   a.row_bytes = check_groups(group_start, -1, a.code);
@@ -132,7 +139,8 @@ Tensor dequantize_unpack(const Tensor& codes, const Tensor& meta, const Tensor& 
   return out;
 }
 
-std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b) {
+std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
+                                        const Tensor& lse_b) {
   SKVQ_CHECK(out_a.dim() == 3, "out_a has shape ", shape_of(out_a), "; expected [num_tokens, num_heads, head_dim]");
   cpu::MergeArgs a{};
   const std::int64_t tokens = out_a.size(0), heads = out_a.size(1), dim = out_a.size(2);
@@ -156,39 +164,49 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a
 }
 
 void copy_pages(Tensor pages, const Tensor& source_ids, const Tensor& target_ids) {
-  SKVQ_CHECK(pages.dim() == 3, "pages has shape ", shape_of(pages), "; expected [num_pages, num_kv_heads, record_bytes]");
+  SKVQ_CHECK(pages.dim() == 3, "pages has shape ", shape_of(pages),
+             "; expected [num_pages, num_kv_heads, record_bytes]");
   check_tensor(pages, "pages", ScalarType::Byte, {-1, pages.size(1), pages.size(2)});
   check_page_ids(source_ids, "source_ids", pages.size(0));
   check_page_ids(target_ids, "target_ids", pages.size(0));
-  SKVQ_CHECK(source_ids.size(0) == target_ids.size(0), "source_ids and target_ids have ", source_ids.size(0), " and ", target_ids.size(0), " entries; expected as many");
+  SKVQ_CHECK(source_ids.size(0) == target_ids.size(0), "source_ids and target_ids have ", source_ids.size(0), " and ",
+             target_ids.size(0), " entries; expected as many");
   std::vector<char> is_target(pages.size(0), 0);
-  const std::int32_t *source = source_ids.const_data_ptr<std::int32_t>(), *target = target_ids.const_data_ptr<std::int32_t>();
+  const std::int32_t *source = source_ids.const_data_ptr<std::int32_t>(),
+                     *target = target_ids.const_data_ptr<std::int32_t>();
   const std::int64_t count = source_ids.size(0);
   for (std::int64_t i = 0; i < count; ++i) {
     SKVQ_CHECK(!is_target[target[i]], "target_ids names page ", target[i], " twice");
     is_target[target[i]] = 1;
   }
   for (std::int64_t i = 0; i < count; ++i) {
-    SKVQ_CHECK(!is_target[source[i]], "page ", source[i], " is both source and target; the result would depend on the order");
+    SKVQ_CHECK(!is_target[source[i]], "page ", source[i],
+               " is both source and target; the result would depend on the order");
   }
   const std::int64_t bytes = pages.size(1) * pages.size(2);
   auto* data = static_cast<std::uint8_t*>(pages.mutable_data_ptr());
-  cpu::for_each(torch_threads(), count, [&](std::int64_t i) { std::memcpy(data + target[i] * bytes, data + source[i] * bytes, bytes); });
+  cpu::for_each(torch_threads(), count,
+                [&](std::int64_t i) { std::memcpy(data + target[i] * bytes, data + source[i] * bytes, bytes); });
 }
 
-std::tuple<Tensor, Tensor> unpack_pages(const Tensor& pages, const Tensor& page_ids, const Tensor& exponents, const std::string& k_format,
-                                        const std::string& v_format, std::int64_t group, const std::string& meta,
-                                        const std::string& arrangement, std::int64_t head_dim) {
+std::tuple<Tensor, Tensor> unpack_pages(const Tensor& pages, const Tensor& page_ids, const Tensor& exponents,
+                                        const std::string& k_format, const std::string& v_format, std::int64_t group,
+                                        const std::string& meta, const std::string& arrangement,
+                                        std::int64_t head_dim) {
   cpu::UnpackPagesArgs a{};
-  a.format = parse_record_format(k_format, v_format, static_cast<int>(group), meta, arrangement, static_cast<int>(head_dim));
-  SKVQ_CHECK(pages.dim() == 3, "pages has shape ", shape_of(pages), "; expected [num_pages, num_kv_heads, record_bytes]");
+  a.format =
+      parse_record_format(k_format, v_format, static_cast<int>(group), meta, arrangement, static_cast<int>(head_dim));
+  SKVQ_CHECK(pages.dim() == 3, "pages has shape ", shape_of(pages),
+             "; expected [num_pages, num_kv_heads, record_bytes]");
   check_tensor(pages, "pages", ScalarType::Byte, {-1, pages.size(1), a.format.record_bytes()});
   check_page_ids(page_ids, "page_ids", pages.size(0));
   check_tensor(exponents, "exponents", ScalarType::Int, {pages.size(1), 4});
   a.num_pages = static_cast<int>(page_ids.size(0));
   a.num_kv_heads = static_cast<int>(pages.size(1));
-  Tensor k = torch::stable::new_empty(pages, {page_ids.size(0), pages.size(1), kTileTokens, head_dim}, ScalarType::Float);
-  Tensor v = torch::stable::new_empty(pages, {page_ids.size(0), pages.size(1), kTileTokens, head_dim}, ScalarType::Float);
+  Tensor k =
+      torch::stable::new_empty(pages, {page_ids.size(0), pages.size(1), kTileTokens, head_dim}, ScalarType::Float);
+  Tensor v =
+      torch::stable::new_empty(pages, {page_ids.size(0), pages.size(1), kTileTokens, head_dim}, ScalarType::Float);
   a.pages = static_cast<const std::uint8_t*>(pages.const_data_ptr());
   a.page_ids = page_ids.const_data_ptr<std::int32_t>();
   a.exponents = exponents.const_data_ptr<std::int32_t>();

@@ -53,7 +53,8 @@ struct Lanes {
   }
   // Index of the first lane's word.
   SKVQ_FN static constexpr int block(Side side, int width, int channels, int token_block, int channel_block, int word) {
-    const int index = side == Side::kKey ? token_block * (channels / 16) + channel_block : channel_block * kBlocks + token_block;
+    const int index =
+        side == Side::kKey ? token_block * (channels / 16) + channel_block : channel_block * kBlocks + token_block;
     return (index * words(width) + word) * kLanes;
   }
 

@@ -8,7 +8,9 @@
 namespace skvq {
 
 enum class DType : std::uint8_t { kF32, kF16, kBf16 };
-SKVQ_FN constexpr int dtype_bytes(DType t) { return t == DType::kF32 ? 4 : 2; }
+SKVQ_FN constexpr int dtype_bytes(DType t) {
+  return t == DType::kF32 ? 4 : 2;
+}
 
 // Static powers of two by which the stored scales and zeros of one head are multiplied.
 struct Exponents {
@@ -21,10 +23,10 @@ struct CacheView {
   const std::int32_t* page_table;  // [batch, max_pages], -1 where no page is
   void* sink_k;                    // [batch, num_sinks, num_kv_heads, head_dim]
   void* sink_v;
-  void* ring_k;                    // [batch, ring_slots, num_kv_heads, head_dim]; position p lies in slot p % ring_slots
+  void* ring_k;  // [batch, ring_slots, num_kv_heads, head_dim]; position p lies in slot p % ring_slots
   void* ring_v;
-  std::int32_t* kv_len;            // [batch]
-  const std::int32_t* exponents;   // [num_kv_heads, 4]: k scale, k zero, v scale, v zero
+  std::int32_t* kv_len;           // [batch]
+  const std::int32_t* exponents;  // [num_kv_heads, 4]: k scale, k zero, v scale, v zero
   std::int64_t num_pages;
   int batch, num_kv_heads, head_dim, max_pages, num_sinks, ring_slots, window;
   DType dtype;
@@ -70,31 +72,31 @@ struct Ragged {
 
 struct AppendArgs {
   CacheView cache;
-  RowsView k, v;          // [num_tokens, num_kv_heads, head_dim] of cache.dtype
+  RowsView k, v;  // [num_tokens, num_kv_heads, head_dim] of cache.dtype
   Ragged tokens;
-  const float* k_clip;    // [num_kv_heads, k groups], ratio of the range that is kept
-  const float* v_clip;    // [num_kv_heads, v groups]
+  const float* k_clip;  // [num_kv_heads, k groups], ratio of the range that is kept
+  const float* v_clip;  // [num_kv_heads, v groups]
 };
 
 struct DecodeArgs {
   CacheView cache;
-  RowsView q;                   // [num_q_tokens, num_q_heads, head_dim] of q_dtype
+  RowsView q;  // [num_q_tokens, num_q_heads, head_dim] of q_dtype
   Ragged queries;
   DType q_dtype;
   int num_q_heads;
   float softmax_scale;
-  float softcap;                // 0: none
-  int sliding_window;           // tokens a query sees, itself included; 0: all
-  bool queries_in_cache;        // the queries are the last cached tokens; else they come right after them
-  const float* learned_sinks;   // [num_q_heads] or null: a logit that takes probability and gives nothing
-  const float* logit_shift;     // [num_q_tokens, num_q_heads] or null, added to every logit of the row
-  void* out;                    // [num_q_tokens, num_q_heads, head_dim] of q_dtype, contiguous
-  float* lse;                   // [num_q_tokens, num_q_heads], natural logarithm
+  float softcap;               // 0: none
+  int sliding_window;          // tokens a query sees, itself included; 0: all
+  bool queries_in_cache;       // the queries are the last cached tokens; else they come right after them
+  const float* learned_sinks;  // [num_q_heads] or null: a logit that takes probability and gives nothing
+  const float* logit_shift;    // [num_q_tokens, num_q_heads] or null, added to every logit of the row
+  void* out;                   // [num_q_tokens, num_q_heads, head_dim] of q_dtype, contiguous
+  float* lse;                  // [num_q_tokens, num_q_heads], natural logarithm
 };
 
 // Rows of a plain matrix with groups of any size: for research and for tests.
 struct QuantizeRowsArgs {
-  const void* x;                    // [num_rows, num_channels] of dtype, contiguous
+  const void* x;  // [num_rows, num_channels] of dtype, contiguous
   DType dtype;
   std::int64_t num_rows;
   int num_channels, num_groups, row_bytes;
@@ -103,9 +105,9 @@ struct QuantizeRowsArgs {
   Code code;
   Meta meta_type;
   Exponents exponents;
-  std::uint8_t* codes;              // [num_rows, row_bytes], every group starts at a byte
-  void* meta;                       // [num_rows, num_groups, 2] of meta_type
-  float* decoded;                   // [num_rows, num_channels], written by dequantize
+  std::uint8_t* codes;  // [num_rows, row_bytes], every group starts at a byte
+  void* meta;           // [num_rows, num_groups, 2] of meta_type
+  float* decoded;       // [num_rows, num_channels], written by dequantize
 };
 
 }  // namespace skvq

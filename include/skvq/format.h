@@ -11,10 +11,10 @@
 
 namespace skvq {
 
-inline constexpr int kTileTokens = 64;     // tokens of a tile = tokens of a page
-inline constexpr int kBandUnit = 16;       // bands, and with them groups, start at multiples of this channel
+inline constexpr int kTileTokens = 64;  // tokens of a tile = tokens of a page
+inline constexpr int kBandUnit = 16;    // bands, and with them groups, start at multiples of this channel
 inline constexpr int kMaxBands = 2;
-inline constexpr int kMaxGroups = 18;      // head_dim 512 in groups of 32, plus one more per band boundary
+inline constexpr int kMaxGroups = 18;        // head_dim 512 in groups of 32, plus one more per band boundary
 inline constexpr int kTernaryTileRows = 13;  // 64 tokens of one channel, 5 trits to a byte
 inline constexpr int kTritsPerByte = 5;
 
@@ -27,9 +27,9 @@ enum class Code : std::uint8_t { kInt8, kInt4, kInt3, kInt2, kTernary, kTernaryF
 // How the levels of a code are stored: bit planes (low plane first), or trits in base 3.
 struct CodeTraits {
   Code code;
-  const char* name;     // as it stands in a scheme string after k or v
+  const char* name;  // as it stands in a scheme string after k or v
   int levels;
-  int plane_bits[2];    // widths of the bit planes; {0, 0} for base 3
+  int plane_bits[2];  // widths of the bit planes; {0, 0} for base 3
 };
 
 inline constexpr CodeTraits kCodes[] = {
@@ -37,8 +37,12 @@ inline constexpr CodeTraits kCodes[] = {
     {Code::kInt2, "2", 4, {2, 0}},   {Code::kTernary, "1.5", 3, {0, 0}}, {Code::kTernaryFast, "1.5fast", 3, {2, 0}},
 };
 
-SKVQ_FN constexpr CodeTraits traits(Code code) { return kCodes[static_cast<int>(code)]; }
-SKVQ_FN constexpr bool is_base3(Code code) { return code == Code::kTernary; }
+SKVQ_FN constexpr CodeTraits traits(Code code) {
+  return kCodes[static_cast<int>(code)];
+}
+SKVQ_FN constexpr bool is_base3(Code code) {
+  return code == Code::kTernary;
+}
 
 // Bytes of the codes of one tile (64 tokens) of `channels` adjacent channels.
 SKVQ_FN constexpr int tile_code_bytes(Code code, int channels) {
@@ -61,7 +65,9 @@ SKVQ_FN constexpr int power_of_three(int digit) {
 // Type of scale and zero. Both are stored divided by a static power of two per (layer, head), because E4M3
 // flushes what lies under 2^-9 and saturates at 448.
 enum class Meta : std::uint8_t { kE4m3, kFp16 };
-SKVQ_FN constexpr int meta_bytes(Meta meta) { return meta == Meta::kE4m3 ? 1 : 2; }
+SKVQ_FN constexpr int meta_bytes(Meta meta) {
+  return meta == Meta::kE4m3 ? 1 : 2;
+}
 inline constexpr const char* kMetaNames[] = {"fp8", "fp16"};
 
 struct Band {

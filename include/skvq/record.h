@@ -12,9 +12,7 @@ struct RecordFormat {
 
   SKVQ_FN constexpr const TensorFormat& side(Side s) const { return s == Side::kKey ? k : v; }
 
-  SKVQ_FN constexpr int section_bytes(Side s) const {
-    return side(s).code_bytes() + meta_section_bytes(s);
-  }
+  SKVQ_FN constexpr int section_bytes(Side s) const { return side(s).code_bytes() + meta_section_bytes(s); }
   SKVQ_FN constexpr int meta_section_bytes(Side s) const {
     return 2 * side(s).num_groups() * kTileTokens * meta_bytes(meta);
   }

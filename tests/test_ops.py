@@ -1,0 +1,209 @@
+"""Operators as PyTorch sees them: schemas, fake kernels, torch.compile; and the small operators."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cache_cases import Case, cu_seqlens
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from skvq_ext import RecordFormat, build_info, ops
+
+FORMAT = RecordFormat("2", "1.5", 128, "fp8", 64)
+NAMES = FORMAT.args._asdict()
+
+
+def case_with(tokens: int) -> Case:
+    case = Case(FORMAT)
+    # opcheck compares all bytes, and NaN is not equal to itself.
+    case.cache = case.cache._replace(
+        **{
+            n: torch.zeros_like(getattr(case.cache, n))
+            for n in ("sink_k", "sink_v", "ring_k", "ring_v")
+        }
+    )
+    case.append(case.rows(tokens), case.rows(tokens))
+    return case
+
+
+def test_opcheck_append():
+    case = case_with(90)
+    arguments = (case.rows(40), case.rows(40), cu_seqlens([40]), *case.cache)
+    torch.library.opcheck(
+        torch.ops.skvq.append.default, arguments, {**NAMES, "window": case.window}
+    )
+
+
+def test_opcheck_decode_attention():
+    case = case_with(300)
+    arguments = (
+        case.rows(2, 4),
+        None,
+        *case.cache[:7],
+        case.cache.exponents,
+        torch.zeros(4),
+        torch.zeros(2, 4),
+    )
+    options = {**NAMES, "window": case.window, "softmax_scale": 0.125}
+    torch.library.opcheck(torch.ops.skvq.decode_attention.default, arguments, options)
+
+
+def test_opcheck_the_others():
+    opcheck, skvq = torch.library.opcheck, torch.ops.skvq
+    case = case_with(300)
+    groups = torch.tensor([0, 3, 64], dtype=torch.int32)
+    x = torch.randn(5, 64)
+    # fp16 metadata: opcheck itself multiplies results, which PyTorch cannot do with float8 on the CPU.
+    opcheck(skvq.quantize_pack.default, (x, groups, torch.ones(2)), {"code": "1.5", "meta": "fp16"})
+    codes, metas = ops.quantize_pack(x, groups, code="1.5", meta="fp16")
+    opcheck(skvq.dequantize_unpack.default, (codes, metas, groups), {"code": "1.5"})
+    permutation = torch.stack([torch.randperm(64) for _ in range(2)]).to(torch.int32)
+    opcheck(skvq.permute_channels.default, (case.rows(3), permutation))
+    state = torch.randn(3, 2, 64), torch.randn(3, 2)
+    opcheck(skvq.merge_states.default, (*state, *(t.clone() for t in state)))
+    ids = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([2, 3], dtype=torch.int32)
+    opcheck(skvq.copy_pages.default, (case.cache.pages, *ids))
+    packed = case.cache.page_table[0, :2].contiguous()
+    opcheck(
+        skvq.unpack_pages.default,
+        (case.cache.pages, packed, case.cache.exponents),
+        {**NAMES, "head_dim": 64},
+    )
+
+
+def test_compile_full_graph_through_a_model_like_function():
+    weight = torch.randn(64 * 4, 64 * 4) / 16
+
+    def step(x, cache):
+        rows = (x @ weight).reshape(1, 4, 64)
+        ops.append(rows[:, :2], rows[:, 2:], None, cache, FORMAT.args, window=32)
+        out, _ = ops.decode_attention(
+            rows, None, cache, FORMAT.args, window=32, softmax_scale=0.125
+        )
+        return torch.nn.functional.silu(out.flatten(1)) @ weight
+
+    eager, compiled = case_with(99), case_with(99)
+    run = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for _ in range(4):
+        x = torch.randn(1, 256)
+        torch.testing.assert_close(run(x, compiled.cache), step(x, eager.cache), rtol=0, atol=1e-6)
+    assert compiled.cache.kv_len.item() == eager.cache.kv_len.item() == 103
+    assert torch.equal(compiled.cache.pages, eager.cache.pages)
+
+
+def test_shapes_are_known_without_data_on_any_device():
+    with FakeTensorMode():
+        q = torch.empty(7, 4, 64, dtype=torch.bfloat16, device="cuda")
+        rows = torch.empty(1, 160, 2, 64, dtype=torch.bfloat16, device="cuda")
+        integers = torch.empty(1, 4, dtype=torch.int32, device="cuda")
+        pages = torch.empty(8, 2, 2112, dtype=torch.uint8, device="cuda")
+        cache = ops.CacheTensors(
+            pages, integers, rows, rows, rows, rows, integers.squeeze(), q, q, integers
+        )
+        out, lse = ops.decode_attention(q, None, cache, FORMAT.args, window=32, softmax_scale=1.0)
+        assert (out.shape, out.dtype, out.device.type) == (q.shape, torch.bfloat16, "cuda")
+        assert (lse.shape, lse.dtype) == ((7, 4), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_permute_channels(dtype):
+    x = torch.randn(3, 5, 2, 96).to(dtype)
+    permutation = torch.stack([torch.randperm(96) for _ in range(2)])
+    got = ops.permute_channels(x, permutation.to(torch.int32))
+    want = torch.stack([x[..., h, permutation[h]] for h in range(2)], dim=-2)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("x", "permutation", "message"),
+    [
+        (
+            torch.zeros(3, 2, 8),
+            torch.zeros(2, 8, dtype=torch.int32),
+            "permutation of head 0 holds 0 at 1",
+        ),
+        (
+            torch.zeros(3, 2, 8),
+            torch.arange(8, dtype=torch.int32),
+            r"permutation has shape \[8\]; expected \[2, 8\]",
+        ),
+        (
+            torch.zeros(8),
+            torch.arange(8, dtype=torch.int32),
+            r"x has shape \[8\]; expected \[..., heads, head_dim\]",
+        ),
+        (torch.zeros(3, 8, 2).mT, torch.zeros(2, 8, dtype=torch.int32), "x is not contiguous"),
+    ],
+)
+def test_permutations_that_are_refused(x, permutation, message):
+    with pytest.raises(ValueError, match=message):
+        ops.permute_channels(x, permutation)
+
+
+def test_copy_pages():
+    pages = torch.randint(0, 256, (6, 2, 32), dtype=torch.uint8)
+    before = pages.clone()
+    ops.copy_pages(
+        pages, torch.tensor([0, 1], dtype=torch.int32), torch.tensor([5, 3], dtype=torch.int32)
+    )
+    assert torch.equal(pages[[5, 3]], before[[0, 1]]) and torch.equal(
+        pages[[0, 1, 2, 4]], before[[0, 1, 2, 4]]
+    )
+    for source, target, message in (
+        ([0], [6], r"target_ids\[0\] is 6; pages are 0 to 5"),
+        ([0, 1], [2, 2], "target_ids names page 2 twice"),
+        ([0, 1], [1, 2], "page 1 is both source and target"),
+        ([0, 1], [2], "source_ids and target_ids have 2 and 1 entries"),
+    ):
+        ids = torch.tensor(source, dtype=torch.int32), torch.tensor(target, dtype=torch.int32)
+        with pytest.raises(ValueError, match=message):
+            ops.copy_pages(pages, *ids)
+
+
+DIGEST = """
+import hashlib, sys, torch
+sys.path.insert(0, {tests!r})
+from cache_cases import Case
+from skvq_ext import RecordFormat, build_info
+case = Case(RecordFormat("3:1/2+2", "1.5", 32, "fp8", 128))
+k, v, q = case.rows(400), case.rows(400), case.rows(2, 8)
+case.append(k, v)
+out, _ = case.attend(q)
+digest = hashlib.sha256(case.cache.pages.numpy().tobytes()).hexdigest()
+print(build_info()["cpu_isa"], digest, out.double().sum().item())
+"""
+
+
+def run_with_isa(isa: str) -> subprocess.CompletedProcess[str]:
+    code = DIGEST.format(tests=str(Path(__file__).parent))
+    environment = {**os.environ, "SKVQ_CPU_ISA": isa}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+
+def test_every_instruction_set_packs_the_same_bytes():
+    results = {}
+    for isa in build_info()["cpu_isas"].split(", "):
+        done = run_with_isa(isa)
+        if "is not supported by this CPU" in done.stderr:
+            continue
+        name, digest, total = done.stdout.split()
+        assert name == isa
+        results[isa] = digest, float(total)
+    assert "portable" in results
+    digests, totals = zip(*results.values(), strict=True)
+    assert len(set(digests)) == 1
+    assert max(totals) - min(totals) < 1e-3
+
+
+def test_an_unknown_instruction_set_is_refused():
+    done = run_with_isa("sse9")
+    assert (
+        "SKVQ_CPU_ISA=sse9 is not an instruction set of this build; this build has" in done.stderr
+    )
