@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export SKVQ_CACHE ?= $(CURDIR)/.cache
 
 BUILD_FILES := CMakeLists.txt setup.py pyproject.toml $(shell find include csrc cmake -type f 2>/dev/null)
-CXX_FILES = $(shell find include csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find include csrc tests bench -path "*third_party*" -prune -o \( -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh" \) -print)
 # cmake and ninja come from PyPI only where the machine has none
 TOOLS := $(if $(shell command -v cmake),,cmake) $(if $(shell command -v ninja),,ninja)
 say = @printf '\033[1m==>\033[0m %s\n'
@@ -57,7 +57,9 @@ ctest: $(VENV)/.dev
 	{ cmake -S . -B build/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	    -DSKVQ_TORCH=OFF -DSKVQ_CUDA=OFF -DSKVQ_TESTS=ON -DSKVQ_BENCH=OFF \
 	  && cmake --build build/cpp; } > build/cpp.log 2>&1 || { tail -n 60 build/cpp.log; exit 1; }
-	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/cpp --output-on-failure | tail -n 4
+	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/cpp --output-on-failure >> build/cpp.log 2>&1 \
+	  || { tail -n 60 build/cpp.log; exit 1; }
+	@grep 'tests passed' build/cpp.log
 
 $(VENV)/.made:
 	$(say) "environment in $(VENV)"

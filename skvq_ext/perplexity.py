@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from skvq_ext.scheme import Scheme
 
 FULL_CHUNK = 512  # tokens of a forward in full precision: bounds the memory of the logits
+# The first chunk attends in full precision; single steps do so too as long as no tile is packed,
+# which takes 64 tokens and at least one in the window.
 PACKED_CHUNK = 64
 
 
@@ -65,9 +67,7 @@ def score(
     total, read = 0.0, 0
     started = time.perf_counter()
     while read < num_tokens - 1:
-        # The first chunk is one token short: with no window and no sinks a whole tile would be
-        # packed by the call that brings it, before its own tokens were seen in full precision.
-        stop = min(read + chunk - (read == 0 and chunk > 1), num_tokens - 1)
+        stop = min(read + chunk, num_tokens - 1)
         inputs = ids[:, read:stop]
         logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[0]
         start = max(read, first - 1)  # position p predicts token p + 1

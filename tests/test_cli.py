@@ -1,0 +1,227 @@
+"""The `skvq` command, on a small random model that lies in a directory as any other would."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import VOCAB, make_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from skvq_ext import cli, report
+from skvq_ext.cache import DEFAULT_SCHEME
+from skvq_ext.generation import full_cache, packed_cache
+from skvq_ext.models import ModelError, load_model
+from skvq_ext.perplexity import packed_chunk, score, score_full, score_packed
+from skvq_ext.scheme import Scheme
+
+SMALL = "k2-v1.5-g32-w16-sink3-fp8"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with random weights and a tokenizer of one token per printable character."""
+    where = tmp_path_factory.mktemp("model")
+    make_model("llama").save_pretrained(where)
+    letters = {"<pad>": 0, "<s>": 1} | {chr(30 + i): i for i in range(2, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(where)
+    return where
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(2, VOCAB, (600,), generator=generator)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(chr(30 + int(i)) for i in codes))
+    return path
+
+
+def run(*arguments: object) -> str:
+    """Output of a command that must succeed."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> str:
+    """The error line of a command that must end with exit code 2."""
+    monkeypatch.delenv("SKVQ_TRACEBACK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["skvq", *(str(a) for a in arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def test_info() -> None:
+    known = json.loads(run("info", "--json"))
+    assert known["build"]["version"]
+    assert {code["name"] for code in known["formats"]["codes"]} >= {"2", "1.5"}
+    shown = run("info")
+    assert known["build"]["cpu_isa"] in shown and "1.625" in shown
+
+
+def test_default_scheme_is_that_of_the_cache() -> None:
+    assert cli.DEFAULT_SCHEME == DEFAULT_SCHEME
+
+
+def test_ledger_of_a_million_tokens() -> None:
+    """Headline scheme on the geometry of Llama-2-7B: 63.5 kB per token in pages, at most."""
+    (row,) = json.loads(run("ledger", "llama-2-7b", "-c", 1_000_000, "--json"))
+    assert row["pages"] <= 63.5e9
+    assert row["total"] <= 1.02 * 63.1e9
+    assert row["full_precision"] == 1_000_000 * 32 * 2 * 4096 * 2
+    assert "63.6 GB" in run("ledger", "llama-2-7b")
+
+
+def test_ledger_reads_a_model_directory(model_dir: Path) -> None:
+    rows = json.loads(run("ledger", model_dir, "-c", 100, "-c", 1000, "--json", "--scheme", SMALL))
+    assert [row["context"] for row in rows] == [100, 1000]
+
+
+def test_ppl_writes_what_it_measured(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ("ppl", "--model", model_dir, "--text", text, "--tokens", 200, "--skip", 50)
+    lossy = json.loads(run(*arguments, "--scheme", SMALL, "--json", "-"))
+    assert lossy["scored"] == 200 and lossy["scheme"] == SMALL
+    assert lossy["ppl_full"] == pytest.approx(math.exp(lossy["nll_full"]))
+    assert abs(lossy["nll_packed"] - lossy["nll_full"]) > 1e-3
+    path = tmp_path / "result.json"
+    shown = run(*arguments, "--scheme", "k8-v8-g32-w16-sink3-fp16", "--json", path)
+    fine = json.loads(path.read_text())
+    assert fine["nll_full"] == lossy["nll_full"]
+    assert fine["nll_packed"] == pytest.approx(fine["nll_full"], abs=5e-3)
+    assert "nats per token" in shown
+
+
+def test_full_score_is_the_plain_loss(model_dir: Path, text: Path) -> None:
+    loaded = load_model(str(model_dir))
+    ids = loaded.encode(text.read_text())
+    assert ids.shape == (1, 600), "one token per character"
+    with torch.no_grad():
+        logits = loaded.model(ids).logits[0]
+    for skip, first in ((0, 1), (1, 1), (130, 130)):
+        expected = torch.nn.functional.cross_entropy(logits[first - 1 : -1], ids[0, first:])
+        got = score_full(loaded.model, ids, skip)
+        assert got.scored == 600 - first
+        assert got.nll == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("scheme", [SMALL, "k2-v2-g32-w1-sink0", "k2-v2-g32-w70-sink0-rollback9"])
+def test_packed_score_is_that_of_single_steps(model_dir: Path, text: Path, scheme: str) -> None:
+    """Chunks see what single steps see, so that every old token is read from packed bytes."""
+    loaded, parsed = load_model(str(model_dir)), Scheme.parse(scheme)
+    ids = loaded.encode(text.read_text())[:, :300]
+    chunks = score_packed(loaded.model, ids, parsed)
+    steps = score(loaded.model, ids, packed_cache(loaded.model, parsed), chunk=1)
+    assert chunks.nll == pytest.approx(steps.nll, abs=2e-4)
+    full = score(loaded.model, ids, full_cache(loaded.model))
+    assert abs(full.nll - steps.nll) > 1e-3
+
+
+def test_chunks_never_exceed_the_rollback() -> None:
+    assert [packed_chunk(rollback) for rollback in (0, 1, 63, 500)] == [1, 2, 64, 64]
+
+
+def test_calibrate_then_use_the_plan(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.safetensors"
+    said = run("calibrate", model_dir, "--text", text, "--scheme", SMALL, "-o", plan)
+    assert "centre-balance-hadamard" in said.replace("\n", "")
+    result = json.loads(
+        run(
+            *("ppl", "--model", model_dir, "--text", text, "--tokens", 100, "--skip", 200),
+            *("--scheme", SMALL, "--plan", plan, "--json", "-"),
+        )
+    )
+    assert result["plan"] == str(plan)
+
+
+def test_generate(model_dir: Path) -> None:
+    arguments = ("generate", "--model", model_dir, "--prompt", "Some words to go on with. " * 4)
+    shown = run(*arguments, "--tokens", 8, "--scheme", "k8-v8-g32-w8-sink1-fp16", "--full")
+    assert "packed: 8 tokens" in shown and "full precision: 8 tokens" in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--scheme": "k2-v2-smooth"}, "'balance' is the scaling"),
+        ({"--scheme": "k2-v2-hadamrd"}, "nearest: 'hadamard'"),
+        ({"--tokens": 5000}, "has 600 tokens, fewer than --skip 0 + --tokens 5000"),
+        ({"--model": "no-such-model"}, "neither a directory, a .gguf file"),
+        ({"--text": "no-such-text"}, "does not exist"),
+        ({"--dtype": "int8"}, "is not a dtype to run in"),
+        ({"--scheme": "k2-v2-balance"}, "calibrat"),
+    ],
+)
+def test_mistakes_are_one_line(
+    model_dir: Path,
+    text: Path,
+    change: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = {"--model": model_dir, "--text": text, "--scheme": SMALL, "--tokens": 10} | change
+    arguments = [part for option in options.items() for part in option]
+    assert message in fail(monkeypatch, capsys, "ppl", *arguments)
+
+
+def test_a_plan_of_another_scheme_is_refused(
+    model_dir: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = tmp_path / "plan.safetensors"
+    run("calibrate", model_dir, "--text", text, "--scheme", "k4-v4-g32-w16-sink3", "-o", plan)
+    arguments = ("ppl", "--model", model_dir, "--text", text, "--scheme", SMALL, "--plan", plan)
+    assert "k: '2' here, '4' in the plan" in fail(monkeypatch, capsys, *arguments, "--tokens", 50)
+
+
+def test_other_mistakes(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no geometry 'llama-9'" in fail(monkeypatch, capsys, "ledger", "llama-9")
+    neither = ("generate", "--model", model_dir)
+    assert "--prompt or by --prompt-file" in fail(monkeypatch, capsys, *neither)
+    chat = (*neither, "--prompt", "x", "--chat")
+    assert "has no chat form" in fail(monkeypatch, capsys, *chat)
+    assert "No such command" in fail(monkeypatch, capsys, "perplexity")
+
+
+def test_directories_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json or exactly one \.gguf file, found neither"):
+        load_model(str(tmp_path))
+    (tmp_path / "a.gguf").touch()
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(ModelError, match="found 2"):
+        load_model(str(tmp_path))
+
+
+def test_help_needs_no_transformers() -> None:
+    code = "import skvq_ext.cli, sys; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_sizes_for_people() -> None:
+    shown = [report.human_bytes(n) for n in (5, 999, 1000, 63_488, 999_600, 63_616_836_480)]
+    assert shown == ["5 B", "999 B", "1 kB", "63.5 kB", "1 MB", "63.6 GB"]
+    assert report.human_bytes(524_288_000_000) == "524 GB"
+    tokens = [report.human_tokens(n) for n in (4096, 131_072, 1_000_000, 1000)]
+    assert tokens == ["4k", "128k", "1M", "1,000"]
