@@ -49,15 +49,16 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# The libraries and their tests, without torch.
+# The libraries, their tests and the benchmark, without torch; pytest runs the tests one by one.
 ctest: $(VENV)/.dev
-	$(say) "C++ libraries and their tests, without torch (log: build/cpp.log)"
+	$(say) "C++ libraries and tests, without torch (log: build/cpp.log)"
 	@mkdir -p build
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	{ cmake -S . -B build/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	    -DSKVQ_TORCH=OFF -DSKVQ_CUDA=OFF -DSKVQ_TESTS=ON -DSKVQ_BENCH=OFF \
-	  && cmake --build build/cpp; } > build/cpp.log 2>&1 || { tail -n 60 build/cpp.log; exit 1; }
-	@PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/cpp --output-on-failure >> build/cpp.log 2>&1 \
+	    -DCMAKE_DISABLE_FIND_PACKAGE_Python=ON \
+	    -DSKVQ_TORCH=OFF -DSKVQ_CUDA=OFF -DSKVQ_TESTS=ON -DSKVQ_BENCH=ON \
+	  && cmake --build build/cpp \
+	  && ctest --test-dir build/cpp --output-on-failure; } > build/cpp.log 2>&1 \
 	  || { tail -n 60 build/cpp.log; exit 1; }
 	@grep 'tests passed' build/cpp.log
 
@@ -66,7 +67,7 @@ $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "$(PYTHON) is older than 3.10; use make PYTHON=/path/to/python3.10-or-newer"; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -q --upgrade "setuptools>=77" wheel $(TOOLS)
+	@$(PIP) install -q --upgrade "setuptools>=77" $(TOOLS)
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.made

@@ -93,7 +93,7 @@ def _perplexity(loaded: LanguageModel, scheme: Scheme, plan: Plan, tokens: int) 
     with report.steps() as step:
         full = score_full(loaded.model, ids, CONTEXT_TOKENS, step)
         plain = score_packed(
-            loaded.model, ids, scheme, None, CONTEXT_TOKENS, step, "packed, default plan"
+            loaded.model, ids, scheme, None, CONTEXT_TOKENS, step, "packed, uncalibrated"
         )
         tuned = score_packed(
             loaded.model, ids, scheme, plan, CONTEXT_TOKENS, step, "packed, calibrated"
@@ -107,10 +107,10 @@ def _perplexity(loaded: LanguageModel, scheme: Scheme, plan: Plan, tokens: int) 
     report.table(
         f"Persuasion, {full.scored} tokens scored; tokens older than the window are read from "
         "packed bytes",
-        ("cache", "bits per packed value", "nats per token", "perplexity", "against full"),
+        ("cache", "bits a value", "nats a token", "perplexity", "against full"),
         (
-            row("full precision", "32", full),
-            row("packed, default plan", f"{bits:.3f}", plain),
+            row("full precision", "32.000", full),
+            row("packed, uncalibrated", f"{bits:.3f}", plain),
             row("packed, calibrated", f"{bits:.3f}", tuned),
         ),
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,11 +113,14 @@ def _load(
         raise ModelError(f"{dtype!r} is not a dtype to run in; use float32, bfloat16 or float16.")
     local = {"local_files_only": True} if Path(where).is_dir() else {}
     extra = _gguf_arguments() if arguments else {}
+    # The GGUF reader draws a progress bar that no setting turns off.
+    quiet = redirect_stderr(StringIO()) if arguments else nullcontext()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **arguments, **local)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=kind, **arguments, **local, **extra
-        )
+        with quiet:
+            tokenizer = AutoTokenizer.from_pretrained(where, **arguments, **local)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                where, dtype=kind, **arguments, **local, **extra
+            )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"{name} cannot be loaded: {_first_line(error)}") from error
     return LanguageModel(name, model.to(device).eval(), tokenizer)
@@ -165,7 +170,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _quiet_transformers() -> None:
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader asks nobody else
     try:
         from transformers.utils import logging
     except ImportError:
