@@ -56,7 +56,8 @@ class SkvqCache:
             raise ValueError(f"dtype {dtype} is not supported; use float32, float16 or bfloat16.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        doors: dict[int, Door] = {}  # layers of a default plan share one
+        distinct = {id(layer): layer for layer in plan.layers}  # a default plan repeats one
+        doors = {key: Door(layer, num_q_heads, device) for key, layer in distinct.items()}
         self.layers = [
             LayerCache(
                 layer,
@@ -67,7 +68,7 @@ class SkvqCache:
                 device=device,
                 max_len=max_len,
                 sliding_window=window,
-                door=doors.setdefault(id(layer), Door(layer, num_q_heads, device)),
+                door=doors[id(layer)],
             )
             for layer, window in zip(plan.layers, windows, strict=True)
         ]

@@ -229,14 +229,15 @@ class LayerCache:
             self._store(k, v, tokens)
             return
         lengths = [n + new for n, new in zip(self._lengths, tokens.counts, strict=True)]
-        tiles = [self._tiles(n) for n in lengths]
-        changes = self._pool.recycle(self._tiles_out_of_sight()) if self.sliding_window else []
-        self._grow(self._pool.needed(tiles), max(tiles))
-        self._write(changes + self._pool.extend(tiles))
+        before, after = ([self._tiles(n) for n in x] for x in (self._lengths, lengths))
+        if after != before:
+            changes = self._pool.recycle(self._tiles_out_of_sight()) if self.sliding_window else []
+            self._grow(self._pool.needed(after), max(after))
+            self._write(changes + self._pool.extend(after))
         try:
             self._store(k, v, tokens)
         except BaseException:
-            self._write(self._pool.truncate([self._tiles(n) for n in self._lengths]))
+            self._write(self._pool.truncate(before))
             raise
         self._lengths = lengths
 

@@ -96,7 +96,8 @@ def test_the_cache_takes_its_geometry_from_a_configuration_alone() -> None:
     model, ids = make_model("mistral"), make_tokens(20)
     cache = SkvqHFCache(model.config, PACKED)
     assert cache.is_sliding == [True, True] and len(cache) == 2
-    assert not cache.is_compileable and cache.is_croppable and cache.get_max_length() == -1
+    assert not cache.is_compileable and cache.layers[0].is_croppable
+    assert cache.layers[0].get_max_length() == -1 and cache.batch_size == -1
     with pytest.raises(RuntimeError, match=r"attends with 'sdpa'.*hf\.enable\(model\)"):
         model(ids, past_key_values=cache)
     enable(model)(ids, past_key_values=cache)
@@ -120,6 +121,31 @@ def test_keys_that_never_reach_the_attention_are_missed() -> None:
     model(ids, past_key_values=cache)
     with pytest.raises(RuntimeError, match="never reached the attention implementation 'skvq'"):
         model(ids[:, :1], past_key_values=cache)
+
+
+def test_a_forward_that_stopped_half_way_is_noticed() -> None:
+    model, ids = make_model("llama"), make_tokens(20)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    cache = SkvqHFCache(model, PACKED)
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids, past_key_values=cache)
+    hook.remove()
+    with pytest.raises(RuntimeError, match=r"\(0 and 20\): the last forward did not finish"):
+        model(ids, past_key_values=cache)
+    cache.reset()
+    assert model(ids, past_key_values=cache).logits.isfinite().all()
+
+
+def test_the_attention_can_be_chosen_when_a_model_is_loaded() -> None:
+    config = make_model("llama").config
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="skvq").eval()
+    cache = SkvqHFCache(model.config, PACKED)
+    model(make_tokens(20), past_key_values=cache)
+    assert cache.lengths == [20]
 
 
 def refuse(model: Any, message: str, error: type[Exception] = ValueError, **inputs: Any) -> None:

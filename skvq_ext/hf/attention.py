@@ -30,8 +30,6 @@ def enable(model: _Model) -> _Model:
 
     Raises: ValueError where the model's attention cannot be replaced.
     """
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask)
     model.set_attn_implementation(NAME)
     found = model.config.get_text_config(decoder=True)._attn_implementation
     if found != NAME:
@@ -75,7 +73,7 @@ def mask(
             "without SkvqHFCache."
         )
     layer = kv_length.layer
-    return layer.state.begin(attention_mask, layer.seen, kwargs["q_length"], layer.lengths)
+    return layer.state.begin(attention_mask, layer.seen, kv_length - layer.seen, layer.lengths)
 
 
 def attention(
@@ -160,3 +158,7 @@ def _check(
             f"configuration says {layer.sliding_window or 'no window'} for it. Build the cache "
             "from the configuration of this very model."
         )
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)

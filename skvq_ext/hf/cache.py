@@ -31,7 +31,15 @@ class _Recipe:
     config: Any
     scheme: Scheme
     geometry: Geometry
-    doors: dict[tuple[int, torch.device], Door]  # layers of a default plan share one
+    plan: Plan
+    doors: dict[tuple[int, torch.device], Door]
+
+    def door(self, plan: LayerPlan, device: torch.device) -> Door:
+        """The door of one layer's plan on one device; layers of a default plan share it."""
+        key = (next(i for i, p in enumerate(self.plan.layers) if p is plan), device)
+        if key not in self.doors:
+            self.doors[key] = Door(plan, self.geometry.num_q_heads, device)
+        return self.doors[key]
 
 
 class SkvqHFLayer(CacheLayerMixin):
@@ -44,8 +52,8 @@ class SkvqHFLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, index: int, plan: LayerPlan, recipe: _Recipe, state: ForwardState) -> None:
-        """Args: index of the layer in the model; its plan; what all layers share."""
+    def __init__(self, index: int, recipe: _Recipe, state: ForwardState) -> None:
+        """Args: index of the layer in the model; what all layers share."""
         super().__init__()  # type: ignore[no-untyped-call]
         assert recipe.geometry.sliding_windows is not None
         self.index, self.state = index, state
@@ -53,25 +61,22 @@ class SkvqHFLayer(CacheLayerMixin):
         self.is_sliding = self.sliding_window > 0
         self.cache: LayerCache | None = None
         self.seen = 0  # columns, padding included
-        self._plan, self._recipe = plan, recipe
+        self._recipe = recipe
         self._handed_on = False  # keys that attend has not seen yet
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes the packed layer for the batch, dtype and device of key_states."""
         recipe, device = self._recipe, key_states.device
-        num_q_heads = recipe.geometry.num_q_heads
-        key = (id(self._plan), device)
-        if key not in recipe.doors:
-            recipe.doors[key] = Door(self._plan, num_q_heads, device)
+        plan = recipe.plan.layers[self.index]
         self.cache = LayerCache(
-            self._plan,
+            plan,
             recipe.scheme,
-            num_q_heads=num_q_heads,
+            num_q_heads=recipe.geometry.num_q_heads,
             batch_size=key_states.shape[0],
             dtype=key_states.dtype,
             device=device,
             sliding_window=self.sliding_window,
-            door=recipe.doors[key],
+            door=recipe.door(plan, device),
         )
         self.is_initialized = True
 
@@ -128,9 +133,13 @@ class SkvqHFLayer(CacheLayerMixin):
         self.seen += columns
         return out
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns after query_length more, first column); a window changes nothing here."""
-        return CacheLength(self.seen + query_length, self), 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """(columns after query_length more, first column); a window changes nothing here.
+
+        Early 5.x releases give the positions of the new columns instead of their number.
+        """
+        new = len(query_length) if isinstance(query_length, Tensor) else query_length
+        return CacheLength(self.seen + new, self), 0
 
     def get_seq_length(self) -> int:
         """Columns so far, padding included."""
@@ -139,6 +148,8 @@ class SkvqHFLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """-1: grows as needed."""
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in early 5.x releases
 
     @property
     def lengths(self) -> list[int]:
@@ -269,9 +280,9 @@ class SkvqHFCache(Cache):
         self.scheme, self.plan = resolve(scheme, plan, geometry)
         self.state = ForwardState()
         text = config.get_text_config(decoder=True)
-        recipe = _Recipe(text, self.scheme, geometry, {})
-        layers = enumerate(self.plan.layers)
-        self._packed = [SkvqHFLayer(i, layer, recipe, self.state) for i, layer in layers]
+        recipe = _Recipe(text, self.scheme, geometry, self.plan, {})
+        indices = range(geometry.num_layers)
+        self._packed = [SkvqHFLayer(i, recipe, self.state) for i in indices]
         super().__init__(layers=list(self._packed))
 
     @property
@@ -283,6 +294,19 @@ class SkvqHFCache(Cache):
     def lengths(self) -> list[int]:
         """Tokens of each sequence, without padding; empty before the first forward."""
         return self._packed[0].lengths
+
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int) -> tuple[int, int]:
+        """(columns after query_length more, 0); asked once or twice at the start of a forward.
+
+        Raises: RuntimeError where the last forward stopped half way.
+        """
+        held = [layer.seen for layer in self._packed]
+        if min(held) != max(held):
+            raise RuntimeError(
+                f"the layers hold different numbers of columns ({min(held)} and {max(held)}): the "
+                "last forward did not finish. reset() the cache and feed the tokens again."
+            )
+        return self._packed[layer_idx].get_mask_sizes(query_length)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest -tokens_to_remove columns from every sequence.
