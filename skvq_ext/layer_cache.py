@@ -195,7 +195,9 @@ class LayerCache:
             self._pool.take(rows)
             taken["page_table"] = t.page_table.index_select(0, index)
         else:  # every sequence has its own pages at fixed addresses, so the bytes move
-            own = t.pages.view(len(now), -1, *t.pages.shape[1:]).index_select(0, index)
+            own = t.pages.view(len(now), self._own_pages(), *t.pages.shape[1:]).index_select(
+                0, index
+            )
             taken["pages"] = own.flatten(0, 1)
         if self._pool is None and len(rows) == len(now):
             for name, value in taken.items():

@@ -114,6 +114,15 @@ def test_sequences_move_and_then_live_their_own_lives(max_len: int | None) -> No
         assert_agrees(layer, sequences)
 
 
+def test_sequences_move_in_a_cache_too_short_to_pack() -> None:
+    cache = make_cache(batch_size=2, max_len=20)
+    for layer in range(2):
+        cache.append(layer, K[:12], V[:12], starts([10, 2]))
+    cache.reorder([1, 1])
+    cache.repeat_interleave(2)
+    assert cache.lengths == [2] * 4
+
+
 def test_packed_pages_are_shared_not_copied() -> None:
     cache = make_cache()
     for layer in range(2):
