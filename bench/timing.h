@@ -1,0 +1,32 @@
+// Wall-clock timing of a repeated call: warm-up, then N samples; minimum and median.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <vector>
+
+namespace skvq::bench {
+
+struct Timing {
+  double min_s, median_s;
+};
+
+// `body(i)` is called with i = 0, 1, 2, ..., warm-up included, so that it can rotate over buffers; `prepare(i)` runs
+// before it and outside the clock.
+template <class Prepare, class Body>
+Timing measure(int warmup, int repetitions, Prepare&& prepare, Body&& body) {
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> samples;
+  for (int i = 0; i < warmup + repetitions; ++i) {
+    prepare(i);
+    const auto start = Clock::now();
+    body(i);
+    const std::chrono::duration<double> elapsed = Clock::now() - start;
+    if (i >= warmup) samples.push_back(elapsed.count());
+  }
+  std::sort(samples.begin(), samples.end());
+  const std::size_t n = samples.size();
+  return {samples[0], 0.5 * (samples[(n - 1) / 2] + samples[n / 2])};
+}
+
+}  // namespace skvq::bench

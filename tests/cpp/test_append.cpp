@@ -1,0 +1,193 @@
+// Append: how tokens arrive, on how many threads and in which arrangement changes nothing.
+#include <cmath>
+#include <vector>
+
+#include "support/cache.h"
+#include "support/threads.h"
+#include "third_party/doctest.h"
+
+namespace skvq {
+namespace {
+
+using test::Bytes;
+using test::Cache;
+using test::CacheShape;
+using test::Tokens;
+
+// Appends one sequence's tokens in chunks, given in turn.
+void append_in_chunks(Cache& cache, const Tokens& tokens, const std::vector<int>& chunks) {
+  int first = 0;
+  for (std::size_t i = 0; first < tokens.count; ++i) {
+    const int count = std::min(chunks[i % chunks.size()], tokens.count - first);
+    cpu::append(cache.append_args(tokens.only(first, count), first, count), cpu::kSerial);
+    first += count;
+  }
+}
+
+void check_equal(const Cache& a, const Cache& b) {
+  CHECK(a.kv_len == b.kv_len);
+  CHECK(a.pages == b.pages);
+  CHECK(a.sink_k == b.sink_k);
+  CHECK(a.sink_v == b.sink_v);
+  CHECK(a.ring_k == b.ring_k);
+  CHECK(a.ring_v == b.ring_v);
+}
+
+std::vector<float> unpacked(const Cache& cache, Side side) {
+  const CacheShape& s = cache.shape;
+  const std::size_t n = static_cast<std::size_t>(cache.view.num_pages) * s.num_kv_heads * kTileTokens * s.head_dim;
+  std::vector<float> k(n), v(n);
+  cpu::unpack_pages({cache.pages.data(), cache.page_table.data(), cache.exponents.data(), cache.view.format,
+                     static_cast<int>(cache.view.num_pages), s.num_kv_heads, k.data(), v.data()},
+                    cpu::kSerial);
+  return side == Side::kKey ? k : v;
+}
+
+TEST_SUITE_BEGIN("append");
+
+TEST_CASE("any chunking gives the same bytes as one prefill") {
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBf16}) {
+    CacheShape shape;
+    shape.dtype = dtype;
+    shape.head_dim = 64;
+    const Tokens tokens(shape, 300, 1);
+    Cache whole(shape);
+    whole.append(tokens);
+    for (const std::vector<int>& chunks : {std::vector{1}, {7}, {64}, {130, 1, 40}, {3, 200}}) {
+      CAPTURE(chunks[0]);
+      Cache parts(shape);
+      append_in_chunks(parts, tokens, chunks);
+      check_equal(whole, parts);
+    }
+  }
+}
+
+TEST_CASE("tokens taken back and appended again give the same bytes") {
+  const CacheShape shape;
+  const Tokens tokens(shape, 300, 2), other(shape, 300, 3);
+  Cache straight(shape);
+  straight.append(tokens);
+  for (const int at : {100, 101, 170, 229}) {
+    Cache detour(shape);
+    cpu::append(detour.append_args(tokens, 0, at), cpu::kSerial);
+    cpu::append(detour.append_args(other, at, shape.rollback), cpu::kSerial);
+    detour.kv_len[0] -= shape.rollback;
+    cpu::append(detour.append_args(tokens.only(at, 300 - at), at, 300 - at), cpu::kSerial);
+    CAPTURE(at);
+    check_equal(straight, detour);
+  }
+}
+
+TEST_CASE("a sequence in a ragged batch gets the bytes it gets alone") {
+  CacheShape shape;
+  shape.batch = 3;
+  CacheShape single = shape;
+  single.batch = 1;
+  const std::int32_t cu_seqlens[] = {0, 200, 200, 377};
+  const Tokens tokens(shape, 377, 4);
+  Cache batch(shape);
+  batch.append(tokens, cu_seqlens);
+  for (int b = 0; b < 3; ++b) {
+    Cache alone(single);
+    const int count = cu_seqlens[b + 1] - cu_seqlens[b];
+    cpu::append(alone.append_args(tokens, cu_seqlens[b], count), cpu::kSerial);
+    CHECK(batch.kv_len[b] == alone.kv_len[0]);
+    for (int tile = 0; tile < packed_tiles(count, shape.num_sinks, shape.window); ++tile) {
+      const int bytes = shape.num_kv_heads * alone.view.format.record_bytes();
+      const std::uint8_t* record = batch.view.record(b, tile, 0);
+      CHECK(Bytes(record, record + bytes) ==
+            Bytes(alone.view.record(0, tile, 0), alone.view.record(0, tile, 0) + bytes));
+    }
+  }
+}
+
+TEST_CASE("one, two and eight threads give the same bytes") {
+  CacheShape shape;
+  shape.k = "3:1/2+2";
+  shape.num_kv_heads = 3;
+  const Tokens tokens(shape, 400, 5);
+  Cache serial(shape);
+  serial.append(tokens);
+  for (const cpu::Parallel& parallel : {test::kThreads<1>, test::kThreads<2>, test::kThreads<8>}) {
+    Cache threaded(shape);
+    threaded.append(tokens, nullptr, parallel);
+    check_equal(serial, threaded);
+  }
+}
+
+TEST_CASE("rows and lanes hold the same values for every format and head_dim") {
+  for (const int head_dim : kHeadDims) {
+    for (const char* format : {"8", "4", "3", "2", "1.5", "1.5fast", "4:1/4+2"}) {
+      CacheShape shape;
+      shape.head_dim = head_dim;
+      shape.num_kv_heads = 1;
+      shape.max_pages = 1;
+      shape.window = 0;
+      shape.group = 32;
+      shape.k = head_dim % 64 == 0 ? format : "2";
+      shape.v = head_dim % 64 == 0 ? "3:1/2+1.5" : format[1] == ':' ? "2" : format;
+      const Tokens tokens(shape, 70, 6);
+      Cache lanes(shape);
+      shape.arrangement = "rows";
+      Cache rows(shape);
+      lanes.append(tokens);
+      rows.append(tokens);
+      CAPTURE(head_dim);
+      CAPTURE(format);
+      CHECK(unpacked(lanes, Side::kKey) == unpacked(rows, Side::kKey));
+      CHECK(unpacked(lanes, Side::kValue) == unpacked(rows, Side::kValue));
+    }
+  }
+}
+
+TEST_CASE("packed int8 values are close to what was appended") {
+  CacheShape shape;
+  shape.k = shape.v = "8";
+  shape.meta = "fp16";
+  shape.group = 32;
+  shape.window = 0;
+  shape.max_pages = 1;
+  Tokens tokens(shape, shape.num_sinks + kTileTokens, 7);
+  Cache cache(shape);
+  std::fill(cache.v_clip.begin(), cache.v_clip.end(), 1.0f);
+  cache.append(tokens);
+  for (const Side side : kSides) {
+    const std::vector<float> values = unpacked(cache, side);
+    const Bytes& source = side == Side::kKey ? tokens.k : tokens.v;
+    for (int t = 0; t < kTileTokens; ++t) {
+      for (int head = 0; head < shape.num_kv_heads; ++head) {
+        for (int c = 0; c < shape.head_dim; ++c) {
+          const int row = (shape.num_sinks + t) * shape.num_kv_heads + head;
+          const float expected = load_float(shape.dtype, source.data(), row * shape.head_dim + c);
+          REQUIRE(std::fabs(values[(head * kTileTokens + t) * shape.head_dim + c] - expected) < 0.03f);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a NaN stays in its group") {
+  CacheShape shape;
+  shape.group = 32;
+  Tokens tokens(shape, 200, 8);
+  Cache clean(shape), poisoned(shape);
+  clean.append(tokens);
+  const int token = 50, head = 1, channel = 70;
+  store_float(shape.dtype, tokens.k.data(), (token * shape.num_kv_heads + head) * shape.head_dim + channel,
+              quiet_nan());
+  poisoned.append(tokens);
+  const auto before = unpacked(clean, Side::kKey), after = unpacked(poisoned, Side::kKey);
+  CHECK(unpacked(clean, Side::kValue) == unpacked(poisoned, Side::kValue));
+  const std::size_t row = (static_cast<std::size_t>(head) * kTileTokens + token - shape.num_sinks) * shape.head_dim;
+  for (std::size_t i = 0; i < before.size(); ++i) {
+    const bool in_group = i >= row + 64 && i < row + 96;
+    if (in_group ? !std::isnan(after[i]) : before[i] != after[i] && !(std::isnan(before[i]) && std::isnan(after[i]))) {
+      FAIL("value " << i << " was " << before[i] << " and is " << after[i]);
+    }
+  }
+}
+
+TEST_SUITE_END();
+
+}  // namespace
+}  // namespace skvq

@@ -1,0 +1,269 @@
+// decode_attention against a plain softmax in double over what the cache holds.
+#include <cmath>
+#include <vector>
+
+#include "core/softmax.h"
+#include "support/cache.h"
+#include "support/threads.h"
+#include "third_party/doctest.h"
+
+namespace skvq {
+namespace {
+
+using test::Cache;
+using test::CacheShape;
+using test::Queries;
+using test::Tokens;
+
+// Dequantized pages of all sequences, [batch * max_pages, num_kv_heads, 64, head_dim].
+struct Unpacked {
+  std::vector<float> k, v;
+
+  explicit Unpacked(const Cache& cache)
+      : k(static_cast<std::size_t>(cache.view.num_pages) * cache.shape.num_kv_heads * kTileTokens *
+          cache.shape.head_dim),
+        v(k) {
+    cpu::unpack_pages({cache.pages.data(), cache.page_table.data(), cache.exponents.data(), cache.view.format,
+                       static_cast<int>(cache.view.num_pages), cache.shape.num_kv_heads, k.data(), v.data()},
+                      cpu::kSerial);
+  }
+};
+
+// One channel of the row of a token, from the segment a query reads it from.
+double value_at(const Cache& cache, const Unpacked& unpacked, Side side, int sequence, int head, int position,
+                int packed_tokens, int channel) {
+  const CacheShape& s = cache.shape;
+  const CacheView& c = cache.view;
+  const int after_sinks = position - s.num_sinks;
+  if (after_sinks < 0) {
+    return load_float(s.dtype, side == Side::kKey ? c.sink_k : c.sink_v,
+                      c.sink_row(sequence, position, head) + channel);
+  }
+  if (after_sinks >= packed_tokens) {
+    return load_float(s.dtype, side == Side::kKey ? c.ring_k : c.ring_v,
+                      c.ring_row(sequence, position, head) + channel);
+  }
+  const std::size_t record =
+      (static_cast<std::size_t>(sequence) * s.max_pages + after_sinks / kTileTokens) * s.num_kv_heads + head;
+  return (side == Side::kKey ? unpacked.k
+                             : unpacked.v)[(record * kTileTokens + after_sinks % kTileTokens) * s.head_dim + channel];
+}
+
+struct Row {
+  std::vector<double> out;
+  double lse;
+};
+
+// One query row. `token` counts in the query tensor, `position` in the sequence.
+Row naive_row(const Cache& cache, const Unpacked& unpacked, const DecodeArgs& a, int sequence, std::int64_t token,
+              int position, int q_head) {
+  const CacheShape& s = cache.shape;
+  const int kv_len = cache.kv_len[sequence], head = q_head / (a.num_q_heads / s.num_kv_heads);
+  const int seen = std::min(position + 1, kv_len);
+  const int packed_tokens = std::max(0, seen - s.num_sinks - s.window) / kTileTokens * kTileTokens;
+  const int first = a.sliding_window > 0 ? std::max(0, position - a.sliding_window + 1) : 0;
+  std::vector<double> logits;
+  double max = a.learned_sinks ? a.learned_sinks[q_head] : -HUGE_VAL;
+  for (int p = first; p < seen; ++p) {
+    double dot = 0.0;
+    for (int c = 0; c < s.head_dim; ++c) {
+      const double q = load_float(a.q_dtype, a.q.data, token * a.q.token_stride + q_head * a.q.head_stride + c);
+      dot += q * value_at(cache, unpacked, Side::kKey, sequence, head, p, packed_tokens, c);
+    }
+    double logit = dot * a.softmax_scale + (a.logit_shift ? a.logit_shift[token * a.num_q_heads + q_head] : 0.0);
+    if (a.softcap > 0) logit = a.softcap * std::tanh(logit / a.softcap);
+    logits.push_back(logit);
+    max = std::max(max, logit);
+  }
+  double sum = a.learned_sinks ? std::exp(a.learned_sinks[q_head] - max) : 0.0;
+  std::vector<double> out(s.head_dim, 0.0);
+  for (int p = first; p < seen; ++p) {
+    const double probability = std::exp(logits[p - first] - max);
+    sum += probability;
+    for (int c = 0; c < s.head_dim; ++c) {
+      out[c] += probability * value_at(cache, unpacked, Side::kValue, sequence, head, p, packed_tokens, c);
+    }
+  }
+  for (double& o : out) o = sum > 0 ? o / sum : 0.0;
+  return {out, sum > 0 ? max + std::log(sum) : -HUGE_VAL};
+}
+
+// Largest difference over all rows. What tolerance is due comes from the type of the output.
+double largest_difference(const Cache& cache, const Queries& queries) {
+  const Unpacked unpacked(cache);
+  const DecodeArgs& a = queries.args;
+  const int head_dim = cache.shape.head_dim;
+  double largest = 0.0;
+  for (int b = 0; b < cache.shape.batch; ++b) {
+    const int length = a.queries.length(b);
+    for (int i = 0; i < length; ++i) {
+      const std::int64_t token = a.queries.begin(b) + i;
+      const int position = cache.kv_len[b] + i - (a.queries_in_cache ? length : 0);
+      for (int h = 0; h < a.num_q_heads; ++h) {
+        const Row row = naive_row(cache, unpacked, a, b, token, position, h);
+        const std::int64_t index = token * a.num_q_heads + h;
+        if (row.lse == -HUGE_VAL) {
+          REQUIRE(queries.lse[index] == -HUGE_VALF);
+        } else {
+          largest = std::max(largest, std::fabs(row.lse - queries.lse[index]));
+        }
+        for (int c = 0; c < head_dim; ++c)
+          largest = std::max(largest, std::fabs(row.out[c] - queries.out_at(index * head_dim + c)));
+      }
+    }
+  }
+  return largest;
+}
+
+double tolerance(DType dtype) {
+  return dtype == DType::kF32 ? 2e-5 : dtype == DType::kF16 ? 2e-3 : 1.6e-2;
+}
+
+TEST_SUITE_BEGIN("attention");
+
+TEST_CASE("all head_dims and formats in both arrangements") {
+  for (const char* arrangement : kArrangementNames) {
+    for (const int head_dim : kHeadDims) {
+      for (const char* format : {"8", "4", "3", "2", "1.5", "1.5fast"}) {
+        CacheShape shape;
+        shape.arrangement = arrangement;
+        shape.head_dim = head_dim;
+        shape.k = format;
+        shape.v = head_dim % 64 == 0 ? "3:1/4+1.5" : format;
+        shape.group = 64;
+        shape.num_kv_heads = 1;
+        Cache cache(shape);
+        cache.append(Tokens(shape, 180, 1));
+        Queries queries(cache, 1, 3, 2);
+        cpu::decode_attention(queries.args, cpu::kSerial);
+        CAPTURE(arrangement);
+        CAPTURE(head_dim);
+        CAPTURE(format);
+        CHECK(largest_difference(cache, queries) < tolerance(shape.dtype));
+      }
+    }
+  }
+}
+
+TEST_CASE("every ratio of query to KV heads") {
+  for (const int ratio : {1, 2, 4, 5, 7, 8, 71}) {
+    CacheShape shape;
+    shape.num_kv_heads = ratio == 71 ? 1 : 2;
+    Cache cache(shape);
+    cache.append(Tokens(shape, 200, 3));
+    Queries queries(cache, 2, ratio, 4);
+    cpu::decode_attention(queries.args, cpu::kSerial);
+    CAPTURE(ratio);
+    CHECK(largest_difference(cache, queries) < tolerance(shape.dtype));
+  }
+}
+
+TEST_CASE("every type of queries and rows") {
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBf16}) {
+    CacheShape shape;
+    shape.dtype = dtype;
+    Cache cache(shape);
+    cache.append(Tokens(shape, 200, 5));
+    Queries queries(cache, 1, 4, 6);
+    cpu::decode_attention(queries.args, cpu::kSerial);
+    CHECK(largest_difference(cache, queries) < tolerance(dtype));
+  }
+}
+
+TEST_CASE("lengths around every border") {
+  const CacheShape shape;
+  const int tile_at = shape.num_sinks + shape.window + kTileTokens;
+  for (const int len : {1, 4, 5, 6, shape.num_sinks + shape.window, tile_at - 1, tile_at, tile_at + 1, tile_at + 64}) {
+    Cache cache(shape);
+    cache.append(Tokens(shape, len, 7));
+    Queries queries(cache, 1, 2, 8);
+    cpu::decode_attention(queries.args, cpu::kSerial);
+    CAPTURE(len);
+    CHECK(largest_difference(cache, queries) < tolerance(shape.dtype));
+  }
+}
+
+TEST_CASE("several queries in one call see what single steps see") {
+  const CacheShape shape;
+  for (const int len : {40, 101, 102, 110, 165, 166, 300}) {
+    for (const int count : {2, 3, shape.rollback + 1}) {
+      Cache cache(shape);
+      cache.append(Tokens(shape, len, 9));
+      Queries queries(cache, count, 3, 10);
+      cpu::decode_attention(queries.args, cpu::kSerial);
+      CAPTURE(len);
+      CAPTURE(count);
+      CHECK(largest_difference(cache, queries) < tolerance(shape.dtype));
+    }
+  }
+}
+
+TEST_CASE("ragged batch with an empty sequence") {
+  CacheShape shape;
+  shape.batch = 4;
+  const std::int32_t lengths[] = {0, 150, 150, 157, 360}, query_starts[] = {0, 1, 1, 4, 9};
+  Cache cache(shape);
+  cache.append(Tokens(shape, 360, 11), lengths);
+  Queries queries(cache, 9, 4, 12, query_starts);
+  cpu::decode_attention(queries.args, cpu::kSerial);
+  CHECK(largest_difference(cache, queries) < tolerance(shape.dtype));
+}
+
+TEST_CASE("sliding window, softcap, learned sinks, logit shift and history only") {
+  const CacheShape shape;
+  Cache cache(shape);
+  cache.append(Tokens(shape, 230, 13));
+  const std::vector<float> sinks = test::random_floats(8, 14), shift = test::random_floats(16, 15);
+  const auto check = [&](auto&& change) {
+    Queries queries(cache, 2, 4, 16);
+    change(queries.args);
+    cpu::decode_attention(queries.args, cpu::kSerial);
+    CHECK(largest_difference(cache, queries) < tolerance(shape.dtype));
+  };
+  for (const int window : {1, 10, 64, 100, 1000}) check([&](DecodeArgs& a) { a.sliding_window = window; });
+  check([&](DecodeArgs& a) { a.softcap = 2.0f; });
+  check([&](DecodeArgs& a) { a.learned_sinks = sinks.data(); });
+  check([&](DecodeArgs& a) { a.logit_shift = shift.data(); });
+  check([&](DecodeArgs& a) { a.queries_in_cache = false; });
+  check([&](DecodeArgs& a) {
+    a.queries_in_cache = false;
+    a.sliding_window = 40;
+    a.softcap = 5.0f;
+    a.learned_sinks = sinks.data();
+    a.logit_shift = shift.data();
+  });
+}
+
+TEST_CASE("queries that see nothing give zero and minus infinity") {
+  const CacheShape shape;
+  Cache cache(shape);
+  Queries queries(cache, 2, 2, 17);
+  queries.args.queries_in_cache = false;
+  cpu::decode_attention(queries.args, cpu::kSerial);
+  for (const float lse : queries.lse) CHECK(lse == minus_infinity());
+  for (const std::uint8_t byte : queries.out) REQUIRE(byte == 0);
+}
+
+TEST_CASE("one, two and eight threads give the same bits") {
+  CacheShape shape;
+  shape.num_kv_heads = 3;
+  shape.batch = 2;
+  shape.max_pages = 80;  // more tiles than one work item takes
+  shape.head_dim = 64;
+  const std::int32_t lengths[] = {0, 4800, 5000};
+  Cache cache(shape);
+  cache.append(Tokens(shape, 5000, 18), lengths);
+  Queries serial(cache, 2, 4, 19);
+  cpu::decode_attention(serial.args, cpu::kSerial);
+  for (const cpu::Parallel& parallel : {test::kThreads<1>, test::kThreads<2>, test::kThreads<8>}) {
+    Queries threaded(cache, 2, 4, 19);
+    cpu::decode_attention(threaded.args, parallel);
+    CHECK(serial.out == threaded.out);
+    CHECK(serial.lse == threaded.lse);
+  }
+}
+
+TEST_SUITE_END();
+
+}  // namespace
+}  // namespace skvq
