@@ -21,6 +21,7 @@ from layer_oracle import (
     starts,
     state_of,
 )
+from torch import Tensor
 
 from skvq_ext.ragged import Ragged
 
@@ -125,6 +126,28 @@ def test_with_max_len_nothing_moves() -> None:
             feed(layer, [Sequence(), Sequence()], counts, seed=seed)
     assert_same_state(state_of(growing), state_of(fixed))
     assert [x.data_ptr() for x in fixed.tensors] == places
+
+
+@pytest.mark.parametrize("sliding_window", [0, 40])
+def test_with_max_len_a_step_is_one_graph(sliding_window: int) -> None:
+    """fullgraph fails where a step reads a tensor on the host."""
+    options = {"batch_size": 2, "max_len": 600, "sliding_window": sliding_window}
+    plain, compiled = make_layer(**options), make_layer(**options)
+    k = rows(400, HEADS, seed=1)
+    for layer in (plain, compiled):
+        layer.append(k, k)
+
+    def step(k: Tensor, q: Tensor) -> Tensor:
+        compiled.append(k, k)
+        return compiled.attend(q)[0]
+
+    graph = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for seed in range(70):
+            k, q = rows(2, HEADS, seed=seed), rows(2, QUERY_HEADS, seed=seed)
+            plain.append(k, k)
+            torch.testing.assert_close(graph(k, q), plain.attend(q)[0])
+    assert compiled.lengths == [270, 270]
 
 
 def test_memory_is_what_is_allocated() -> None:
