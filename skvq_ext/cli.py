@@ -111,6 +111,7 @@ def ppl(
     with report.steps() as step:
         full = score_full(loaded.model, ids, skip, step)
         packed = score_packed(loaded.model, ids, parsed, made, skip, step)
+    above, error = packed.above(full)
     result = {
         "model": loaded.name,
         "scheme": str(parsed),
@@ -120,6 +121,8 @@ def ppl(
         "scored": full.scored,
         "nll_full": full.nll,
         "nll_packed": packed.nll,
+        "nll_above": above,
+        "nll_above_stderr": error,
         "ppl_full": full.perplexity,
         "ppl_packed": packed.perplexity,
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from skvq_ext.generation import full_cache, packed_cache
 from skvq_ext.report import Step, no_steps
@@ -25,17 +26,31 @@ PACKED_CHUNK = 64
 
 @dataclass(frozen=True)
 class Score:
-    """Loss over the scored tokens. nll in nats per token; seconds of all forwards."""
+    """Loss over the scored tokens. losses, f64 [scored], in nats; seconds of all forwards."""
 
-    nll: float
-    scored: int
-    read: int
+    losses: torch.Tensor
     seconds: float
+
+    @property
+    def scored(self) -> int:
+        """Tokens that were scored."""
+        return len(self.losses)
+
+    @property
+    def nll(self) -> float:
+        """Nats per scored token."""
+        return float(self.losses.mean())
 
     @property
     def perplexity(self) -> float:
         """exp(nll)."""
         return math.exp(self.nll)
+
+    def above(self, other: Score) -> tuple[float, float]:
+        """Nats per token above `other`'s on the same tokens, and the standard error of that."""
+        difference = self.losses - other.losses
+        error = float(difference.std()) / math.sqrt(self.scored) if self.scored > 1 else math.nan
+        return float(difference.mean()), error
 
 
 def packed_chunk(rollback: int) -> int:
@@ -64,7 +79,7 @@ def score(
     first = max(1, skip)
     if first >= num_tokens:
         raise ValueError(f"nothing to score: {num_tokens} tokens, of which {first} are context.")
-    total, read = 0.0, 0
+    losses, read = [], 0
     started = time.perf_counter()
     while read < num_tokens - 1:
         stop = min(read + chunk, num_tokens - 1)
@@ -72,14 +87,13 @@ def score(
         logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[0]
         start = max(read, first - 1)  # position p predicts token p + 1
         if start < stop:
-            losses = torch.nn.functional.cross_entropy(
-                logits[start - read :].float(), ids[0, start + 1 : stop + 1], reduction="none"
+            following = ids[0, start + 1 : stop + 1]
+            losses.append(
+                cross_entropy(logits[start - read :].float(), following, reduction="none")
             )
-            total += losses.double().sum().item()
         progress(stop - read)
         read = stop
-    scored = num_tokens - first
-    return Score(total / scored, scored, num_tokens, time.perf_counter() - started)
+    return Score(torch.cat(losses).double().cpu(), time.perf_counter() - started)
 
 
 def score_full(model: Any, ids: torch.Tensor, skip: int = 0, step: Step = no_steps) -> Score:

@@ -168,6 +168,10 @@ def show_perplexity(result: Mapping[str, Any]) -> None:
         (
             ("full precision", f"{result['nll_full']:.4f}", f"{result['ppl_full']:.3f}"),
             (result["scheme"], f"{result['nll_packed']:.4f}", f"{result['ppl_packed']:.3f}"),
-            ("difference", f"{result['nll_packed'] - result['nll_full']:+.4f}", f"{change:+.1f} %"),
+            (
+                "difference (± standard error)",
+                f"{result['nll_above']:+.4f} ± {result['nll_above_stderr']:.4f}",
+                f"{change:+.1f} %",
+            ),
         ),
     )
