@@ -31,7 +31,7 @@ TEXTS = Path(__file__).resolve().parent / "texts"
 CALIBRATION_TEXT = TEXTS / "alice.txt"
 HELD_OUT_TEXT = TEXTS / "persuasion.txt"
 
-CALIBRATION_TOKENS = 4096
+CALIBRATION_TOKENS = 8192
 CONTEXT_TOKENS = 256  # read before the scored ones
 PASSAGE = ("Vanity was the beginning", 3600)  # first words, characters
 QUESTION = "Summarise this passage in a few sentences."
@@ -44,7 +44,7 @@ class DemoError(RuntimeError):
 
 def main(
     scheme: Annotated[str, typer.Option(help="How the cache stores tokens.")] = DEFAULT_SCHEME,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens scored for the perplexity.")] = 1536,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens scored for the perplexity.")] = 3072,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 96,
 ) -> None:
     """Shows what a packed KV cache costs and what it saves."""
@@ -60,7 +60,8 @@ def main(
     caches = _generate(loaded, parsed, plan, new_tokens)
     report.heading("5", "Memory of keys and values")
     _memory(loaded, parsed, *caches)
-    report.say(f'\nDone in {time.perf_counter() - started:.0f} s. Another: make demo SCHEME="..."')
+    report.say(f"\nDone in {time.perf_counter() - started:.0f} s.")
+    report.say('Other schemes: make demo SCHEME="k3:1/2+2-v1.5"')
 
 
 def _load() -> LanguageModel:
@@ -94,7 +95,7 @@ def _perplexity(loaded: LanguageModel, scheme: Scheme, plan: Plan, tokens: int) 
     with report.steps() as step:
         full = score_full(loaded.model, ids, CONTEXT_TOKENS, step)
         plain = score_packed(
-            loaded.model, ids, scheme, None, CONTEXT_TOKENS, step, "packed, uncalibrated"
+            loaded.model, ids, scheme, None, CONTEXT_TOKENS, step, "packed, default plan"
         )
         tuned = score_packed(
             loaded.model, ids, scheme, plan, CONTEXT_TOKENS, step, "packed, calibrated"
@@ -114,10 +115,10 @@ def _perplexity(loaded: LanguageModel, scheme: Scheme, plan: Plan, tokens: int) 
     report.table(
         f"Persuasion, {full.scored} tokens scored; every token older than the window is read from "
         "packed bytes",
-        ("cache", "bits a value", "perplexity", "nats a token above full", ""),
+        ("cache", "bits/value", "perplexity", "nats/token above", "in %"),
         (
             row("full precision", 32, full),
-            row("packed, uncalibrated", bits, plain),
+            row("packed, default plan", bits, plain),
             row("packed, calibrated", bits, tuned),
         ),
     )
@@ -156,7 +157,7 @@ def _generate(
     for name, written in done.items():
         report.show_continuation(name, written)
     same = _common_prefix(*(written.ids for written in done.values()))
-    report.say(f"\n[dim]The first {same} tokens are the same.[/dim]")
+    report.say(f"\n[dim]The first {same} of {new_tokens} tokens are the same.[/dim]")
     return caches["full precision"], caches["packed"]
 
 

@@ -193,7 +193,7 @@ def calibrate(
     text: TextOption,
     output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="The plan.")],
     scheme: SchemeOption = DEFAULT_SCHEME,
-    tokens: Annotated[int, typer.Option(min=64, help="Tokens of the text to use.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens of the text to use.")] = 8192,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
 ) -> None:

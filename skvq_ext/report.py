@@ -79,7 +79,7 @@ def human_tokens(count: int) -> str:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints a table; the first column is left-aligned, the others right-aligned."""
-    console.print(f"\n{title}")
+    console.print(f"\n{title}", soft_wrap=not console.is_terminal)
     grid = Table(box=box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
         grid.add_column(name, justify="left" if index == 0 else "right")
