@@ -15,8 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    raise SystemExit(
+        "skvq: this setuptools is too old to build with; pip install -U 'setuptools>=77'"
+    ) from None
 
 ROOT = Path(__file__).resolve().parent
 EXTENSION = "skvq_ext._C"

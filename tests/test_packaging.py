@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import typer
+from setuptools import Distribution, Extension
 from typer.main import get_command
 
 import skvq_ext
@@ -71,6 +72,16 @@ def test_asking_for_cuda_fails_loudly(build: ModuleType, toolkit: Path) -> None:
         build.decide_cuda(home | {"SKVQ_CUDA": "yes"}, True)
     built, reason = build.decide_cuda(home, False)
     assert not built and "no CUDA kernels yet" in reason
+
+
+def test_wheels_know_the_platform_but_not_the_python(build: ModuleType) -> None:
+    extension = Extension(build.EXTENSION, sources=[])
+    distribution = Distribution({"name": "skvq_ext", "ext_modules": [extension]})
+    wheel = build.PlatformWheel(distribution)
+    wheel.finalize_options()
+    python, abi, platform = wheel.get_tag()
+    assert (python, abi) == ("py3", "none") and platform != "any"
+    assert build.CMakeBuild(distribution).get_ext_filename(build.EXTENSION) == "skvq_ext/_C.so"
 
 
 def test_setup_stays_thin() -> None:
