@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +220,19 @@ def test_directories_without_a_model(tmp_path: Path) -> None:
 def test_help_needs_no_transformers() -> None:
     code = "import skvq_ext.cli, sys; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_hugging_face_example_of_the_readme(model_dir: Path, tmp_path: Path) -> None:
+    """With a small model in the place of the one it names."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (block,) = (block for block in blocks if "from_pretrained" in block)
+    small, count = re.subn(r'name = "[^"]+"', f"name = {str(model_dir)!r}", block)
+    assert count == 1 and block.count("\n") <= 11
+    (tmp_path / "example.py").write_text(small)
+    done = subprocess.run([sys.executable, tmp_path / "example.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("bytes")
 
 
 def test_sizes_for_people() -> None:
