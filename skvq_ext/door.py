@@ -8,111 +8,100 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from skvq_ext import ops
 from skvq_ext.hadamard import block_hadamard
 from skvq_ext.plan import LayerPlan, TensorPlan
 
 
 @lru_cache(maxsize=16)
-def _hadamard(band_edges: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Shared by all layers and heads: a plan has one or two different ones."""
-    return block_hadamard(band_edges).to(device, dtype)
+def _hadamard(band_edges: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """R^T and R, shared by all layers and heads: a plan has one or two different ones."""
+    matrix = block_hadamard(band_edges).float()
+    back = matrix.contiguous().to(device)
+    # Sylvester's matrices are symmetric: one copy serves both ways.
+    way_in = back if torch.equal(matrix, matrix.mT) else matrix.mT.contiguous().to(device)
+    return way_in, back
 
 
 @dataclass(frozen=True)
 class _Map:
-    """The map of K or of V for `num_heads` heads; None stands for a step that changes nothing.
+    """The tables of K or of V, per KV head; None stands for a step that changes nothing.
 
-    gather, scatter: int32 [num_heads * D], into the heads' channels laid end to end.
-    shift, scale: [num_heads, D]; scale in permuted order. rotation: [D, D] or [num_heads, D, D].
+    permutation: int32 [H, D]. shift, scale, inverse: float32 [H, D]; the last two in permuted order,
+    inverse = 1 / scale. rotation, back: float32 [D, D] or [H, D, D], what rows are multiplied with on
+    the way in and on the way out.
     """
 
-    gather: Tensor | None
-    scatter: Tensor | None
+    permutation: Tensor | None
     shift: Tensor | None
     scale: Tensor | None
+    inverse: Tensor | None
     rotation: Tensor | None
+    back: Tensor | None
 
     @classmethod
-    def build(cls, plan: TensorPlan, repeat: int, device: torch.device, dtype: torch.dtype) -> _Map:
-        """The map with every KV head repeated for its `repeat` query heads."""
-        permutation = plan.permutation.long().repeat_interleave(repeat, 0)
-        heads, dim = permutation.shape
-        gather = scatter = None
-        if not torch.equal(permutation, torch.arange(dim).expand_as(permutation)):
-            first = torch.arange(heads)[:, None] * dim
-            gather = (permutation + first).flatten().int().to(device)
-            scatter = (permutation.argsort(-1) + first).flatten().int().to(device)
+    def build(cls, plan: TensorPlan, device: torch.device) -> _Map:
+        heads, dim = plan.permutation.shape
+        plain = torch.equal(plan.permutation.long(), torch.arange(dim).expand(heads, dim))
 
         def table(values: Tensor, neutral: float) -> Tensor | None:
-            if bool((values == neutral).all()):
-                return None
-            return values.repeat_interleave(repeat, 0).to(device, dtype)
+            return (
+                None if bool((values == neutral).all()) else values.float().contiguous().to(device)
+            )
 
-        rotation = None
+        scale = table(plan.scale, 1.0)
+        rotation = back = None
         if plan.rotation == "hadamard":
-            rotation = _hadamard(plan.band_edges, device, dtype)
+            rotation, back = _hadamard(plan.band_edges, device)
         elif plan.dense is not None:
-            rotation = plan.dense.repeat_interleave(repeat, 0).to(device, dtype)
-        return cls(gather, scatter, table(plan.shift, 0.0), table(plan.scale, 1.0), rotation)
+            rotation = plan.dense.float().mT.contiguous().to(device)
+            back = plan.dense.float().contiguous().to(device)
+        return cls(
+            None if plain else plan.permutation.int().contiguous().to(device),
+            table(plan.shift, 0.0),
+            scale,
+            None if scale is None else 1.0 / scale,
+            rotation,
+            back,
+        )
 
     @property
     def is_identity(self) -> bool:
         """Whether nothing but a shift is left of the map."""
-        return self.gather is None and self.scale is None and self.rotation is None
+        return self.permutation is None and self.scale is None and self.rotation is None
 
     @property
-    def shared_rotation(self) -> Tensor | None:
-        """The matrix that all maps of these bands have in common."""
-        return self.rotation if self.rotation is not None and self.rotation.dim() == 2 else None
+    def shared_rotations(self) -> list[Tensor]:
+        """The matrices that all maps of these bands have in common."""
+        return [m for m in (self.rotation, self.back) if m is not None and m.dim() == 2]
 
     def tensors(self) -> list[Tensor]:
         """What this map keeps in memory."""
-        parts = (self.gather, self.scatter, self.shift, self.scale, self.rotation)
+        parts = (self.permutation, self.shift, self.scale, self.inverse, self.rotation, self.back)
         return [part for part in parts if part is not None]
-
-
-def _permute(x: Tensor, index: Tensor | None) -> Tensor:
-    return x if index is None else x.flatten(1).index_select(1, index).view_as(x)
-
-
-def _rotate(x: Tensor, rotation: Tensor | None, *, back: bool = False) -> Tensor:
-    """R x for the rows of x [n, H, D], or R^T x with `back`."""
-    if rotation is None:
-        return x
-    matrix = rotation if back else rotation.mT
-    if matrix.dim() == 2:
-        return x @ matrix
-    return torch.bmm(x.transpose(0, 1), matrix).transpose(0, 1)
 
 
 class Door:
     """Maps between a model's heads and the space of the cache, for one layer.
 
     y = R · diag(1/s) · P · (x − m) for K and V; q' = R · diag(s) · P · q, so that
-    q'·y = q·(x − m); o = P^T · diag(s) · R^T · o' + m · share. It computes in fp32 (or
-    compute_dtype) and returns the dtype it was given; steps that change nothing are skipped.
+    q'·y = q·(x − m); o = P^T · diag(s) · R^T · o' + m · share. Every row is computed by itself in
+    fp32 (`ops.enter_heads`), so a token's bytes do not depend on its company; what changes nothing
+    is skipped.
     """
 
     def __init__(
-        self,
-        plan: LayerPlan,
-        num_q_heads: int,
-        device: torch.device | str = "cpu",
-        compute_dtype: torch.dtype = torch.float32,
+        self, plan: LayerPlan, num_q_heads: int, device: torch.device | str = "cpu"
     ) -> None:
         """Args: plan of one layer; num_q_heads, a multiple of its KV heads."""
-        num_kv_heads = plan.k.permutation.shape[0]
-        if num_q_heads % num_kv_heads:
+        self._heads = plan.k.permutation.shape[0]
+        if num_q_heads % self._heads:
             raise ValueError(
-                f"num_q_heads {num_q_heads} is not a multiple of the {num_kv_heads} KV heads of "
+                f"num_q_heads {num_q_heads} is not a multiple of the {self._heads} KV heads of "
                 "the plan; every KV head serves equally many query heads."
             )
-        device, self._dtype = torch.device(device), compute_dtype
-        repeat = num_q_heads // num_kv_heads
-        self._k = _Map.build(plan.k, 1, device, compute_dtype)
-        self._v = _Map.build(plan.v, 1, device, compute_dtype)
-        self._q = self._k if repeat == 1 else _Map.build(plan.k, repeat, device, compute_dtype)
-        self._o = self._v if repeat == 1 else _Map.build(plan.v, repeat, device, compute_dtype)
+        self._k = _Map.build(plan.k, torch.device(device))
+        self._v = _Map.build(plan.v, torch.device(device))
 
     def map_k(self, k: Tensor) -> Tensor:
         """k [num_tokens, num_kv_heads, head_dim] into the cache's space."""
@@ -124,12 +113,12 @@ class Door:
 
     def map_q(self, q: Tensor) -> Tensor:
         """q [num_tokens, num_q_heads, head_dim] into the space of the cached keys."""
-        m = self._q
+        m = self._k
         if m.is_identity:
             return q
-        x = _permute(q.to(self._dtype), m.gather)
-        x = x if m.scale is None else x * m.scale
-        return _rotate(x, m.rotation).to(q.dtype)
+        return ops.enter_heads(
+            q, m.permutation, None, m.scale, m.rotation, num_kv_heads=self._heads
+        )
 
     def unmap_o(self, o: Tensor, lse: Tensor | None = None, share: Tensor | None = None) -> Tensor:
         """The output of attention back in the model's space.
@@ -139,17 +128,14 @@ class Door:
         share f32 [n, num_q_heads]: the part of the row's probability that fell on tokens, for
         learned sink logits (`token_share`); None = 1.
         """
-        m = self._o
+        m = self._v
         if m.is_identity and m.shift is None:
             return o
-        x = _rotate(o.to(self._dtype), m.rotation, back=True)
-        x = x if m.scale is None else x * m.scale
-        x = _permute(x, m.scatter)
-        if m.shift is not None:
-            if share is None and lse is not None:
-                share = lse > -torch.inf
-            x = x + (m.shift if share is None else m.shift * share.to(self._dtype)[..., None])
-        return x.to(o.dtype)
+        if m.shift is not None and share is None and lse is not None:
+            share = (lse > -torch.inf).float()
+        return ops.leave_heads(
+            o, m.permutation, m.shift, m.scale, m.back, share, num_kv_heads=self._heads
+        )
 
     def logit_shift(self, q: Tensor, softmax_scale: float) -> Tensor | None:
         """softmax_scale · q·m, the part of every logit that shifted keys lack.
@@ -158,14 +144,15 @@ class Door:
         Returns: f32 [n, num_q_heads]; None where keys are not shifted. Plain softmax does not need
         it; softcap, learned sink logits and merging by lse do.
         """
-        if self._q.shift is None:
+        if self._k.shift is None:
             return None
-        return (q.to(self._dtype) * self._q.shift).sum(-1).mul(softmax_scale).float()
+        grouped = q.float().reshape(q.shape[0], self._heads, -1, q.shape[2])
+        dots = (grouped * self._k.shift[:, None]).sum(-1)
+        return dots.mul(softmax_scale).flatten(1)
 
     def tensors(self) -> list[Tensor]:
         """The tables this door keeps, each once; doors share their Hadamard matrices."""
-        maps = (self._k, self._v, self._q, self._o)
-        return list({id(part): part for m in maps for part in m.tensors()}.values())
+        return list({id(part): part for m in (self._k, self._v) for part in m.tensors()}.values())
 
     def nbytes(self) -> int:
         """Bytes of the tables this door keeps."""
@@ -173,17 +160,15 @@ class Door:
 
     def shared_nbytes(self) -> int:
         """The part of them that all doors of a plan have in common: the Hadamard matrices."""
-        shared = (m.shared_rotation for m in (self._k, self._v))
-        return sum({id(part): part.nbytes for part in shared if part is not None}.values())
+        shared = [part for m in (self._k, self._v) for part in m.shared_rotations]
+        return sum({id(part): part.nbytes for part in shared}.values())
 
     def _enter(self, x: Tensor, m: _Map) -> Tensor:
         if m.is_identity and m.shift is None:
             return x
-        y = x.to(self._dtype)
-        y = y if m.shift is None else y - m.shift
-        y = _permute(y, m.gather)
-        y = y if m.scale is None else y / m.scale
-        return _rotate(y, m.rotation).to(x.dtype)
+        return ops.enter_heads(
+            x, m.permutation, m.shift, m.inverse, m.rotation, num_kv_heads=self._heads
+        )
 
 
 def token_share(lse: Tensor, learned_sinks: Tensor) -> Tensor:

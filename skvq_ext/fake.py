@@ -25,6 +25,18 @@ def _permute_channels(x: Tensor, permutation: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@torch.library.register_fake("skvq::enter_heads")
+def _enter_heads(x: Tensor, *tables: Tensor | None, num_kv_heads: int) -> Tensor:
+    _same_device(x, *tables)
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("skvq::leave_heads")
+def _leave_heads(o: Tensor, *tables: Tensor | None, num_kv_heads: int) -> Tensor:
+    _same_device(o, *tables)
+    return o.new_empty(o.shape)
+
+
 @torch.library.register_fake("skvq::quantize_pack")
 def _quantize_pack(
     x: Tensor,

@@ -207,6 +207,61 @@ def permute_channels(x: Tensor, permutation: Tensor) -> Tensor:
     return result
 
 
+def enter_heads(
+    x: Tensor,
+    permutation: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    matrix: Tensor | None,
+    *,
+    num_kv_heads: int,
+) -> Tensor:
+    """Map k, v or q into the space of the cache: ((x - shift) permuted * scale) @ matrix.
+
+    Every row is computed by itself in float32 and in one order: what a token becomes does not depend on
+    which tokens it came with, nor on the instruction set.
+
+    Args:
+        x: [num_tokens, num_heads, head_dim], float32, float16 or bfloat16; num_heads is a multiple of
+            num_kv_heads and heads of one KV head share its tables.
+        permutation: int32 [num_kv_heads, head_dim]; channel c comes from permutation[c]. None: as they are.
+        shift: float32 [num_kv_heads, head_dim], in the order of x. None: 0.
+        scale: float32 [num_kv_heads, head_dim], in permuted order. None: 1.
+        matrix: float32 [head_dim, head_dim] or one per KV head. None: the identity.
+
+    Returns:
+        like x, contiguous.
+    """
+    result: Tensor = _ops.enter_heads(x, permutation, shift, scale, matrix, num_kv_heads=num_kv_heads)
+    return result
+
+
+def leave_heads(
+    o: Tensor,
+    permutation: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    matrix: Tensor | None,
+    share: Tensor | None,
+    *,
+    num_kv_heads: int,
+) -> Tensor:
+    """Map the output of attention back: inverse permutation of (o @ matrix * scale), plus share * shift.
+
+    Args:
+        o: [num_tokens, num_heads, head_dim].
+        permutation, shift, scale, matrix: as in `enter_heads`.
+        share: float32 [num_tokens, num_heads], how much of `shift` each row gets. None: 1.
+
+    Returns:
+        like o, contiguous.
+    """
+    result: Tensor = _ops.leave_heads(
+        o, permutation, shift, scale, matrix, share, num_kv_heads=num_kv_heads
+    )
+    return result
+
+
 def quantize_pack(
     x: Tensor,
     group_start: Tensor,

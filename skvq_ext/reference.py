@@ -31,9 +31,9 @@ class Quantized:
 
 
 def round_meta(x: Tensor, meta: str) -> Tensor:
-    """Round float32 to E4M3 (saturating at 448) or fp16 and back."""
+    """Round float32 to E4M3 (saturating at 448) or fp16 (at 65504) and back."""
     if meta == "fp16":
-        return x.to(torch.float16).float()
+        return x.clamp(-65504.0, 65504.0).to(torch.float16).float()
     return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
 
 

@@ -27,11 +27,8 @@ def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
     return (torch.randn(*shape, DIM, generator=generator) * spread).to(dtype)
 
 
-def make_plan(scheme: str = SCHEME, centre: float = 0.0, rotate: bool = True) -> Plan:
-    """A plan with every step in use: permutation, shift, scale, Hadamard, clip.
-
-    Without the rotation no sum is formed at the door, whose order could depend on the batch.
-    """
+def make_plan(scheme: str = SCHEME, centre: float = 0.0) -> Plan:
+    """A plan with every step in use: permutation, shift, scale, Hadamard, clip."""
     parsed = Scheme.parse(scheme)
     plan = Plan.default(Geometry(1, QUERY_HEADS, HEADS, DIM), parsed)
     layer = plan.layers[0]
@@ -40,15 +37,15 @@ def make_plan(scheme: str = SCHEME, centre: float = 0.0, rotate: bool = True) ->
         order = [torch.randperm(DIM, generator=generator) for _ in range(HEADS)]
         tensor.permutation = torch.stack(order).int()
         tensor.shift = torch.randn(HEADS, DIM, generator=generator) * centre
-        tensor.rotation = "hadamard" if rotate else "none"
+        tensor.rotation = "hadamard"
         tensor.scale = torch.rand(HEADS, DIM, generator=generator) + 0.5
     return plan
 
 
 def make_layer(scheme: str = SCHEME, batch_size: int = 1, **options: Any) -> LayerCache:
-    """One layer; options centre and rotate go to its plan."""
+    """One layer; option centre goes to its plan."""
     centre = options.pop("centre", 0.3)
-    plan = make_plan(scheme, centre, options.pop("rotate", True))
+    plan = make_plan(scheme, centre)
     return LayerCache(
         plan.layers[0],
         Scheme.parse(scheme),

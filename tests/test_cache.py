@@ -59,7 +59,7 @@ def test_any_cut_into_calls_gives_the_same_bytes() -> None:
     k, v = rows(400, HEADS, seed=0), rows(400, HEADS, seed=1)
     states = []
     for cut in ([400], [1] * 400, [67, 3, 130, 200], [399, 1]):
-        layer = make_layer(rotate=False)
+        layer = make_layer()
         for own_k, own_v in zip(k.split(cut), v.split(cut), strict=True):
             layer.append(own_k, own_v)
         states.append(state_of(layer))
@@ -69,8 +69,8 @@ def test_any_cut_into_calls_gives_the_same_bytes() -> None:
 
 def test_a_batch_equals_single_runs_bitwise() -> None:
     counts = [300, 5, 131]
-    batch = make_layer(batch_size=3, rotate=False)
-    singles = [make_layer(rotate=False) for _ in counts]
+    batch = make_layer(batch_size=3)
+    singles = [make_layer() for _ in counts]
     k, v = feed(batch, [Sequence() for _ in counts], counts, seed=0)
     q = rows(3, QUERY_HEADS, seed=3)
     out, lse = batch.attend(q)

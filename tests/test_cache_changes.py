@@ -38,7 +38,7 @@ Q = rows(1, QUERY_HEADS, seed=2)
 @pytest.mark.parametrize("sliding_window", [0, 70])
 def test_taken_back_tokens_leave_no_trace(max_len: int | None, sliding_window: int) -> None:
     """Speculative decoding: drafts go in, some are taken back, the right tokens follow."""
-    options = {"max_len": max_len, "sliding_window": sliding_window, "rotate": False}
+    options = {"max_len": max_len, "sliding_window": sliding_window}
     plain, drafted = make_layer(**options), make_layer(**options)
     wrong = rows(600, HEADS, seed=9)
     for layer in (plain, drafted):

@@ -70,8 +70,8 @@ def test_ledger_is_the_allocator(scheme: str, context: int, windows: tuple[int, 
 def test_plan_is_counted_with_all_that_calibration_uses() -> None:
     geometry = Geometry(3, 6, 2, 64)
     scheme = Scheme.parse("k3:1/2+2-v1.5-g32")
-    heads, dim, groups = 2 + 6, 64, 2 + 2
-    tables = 2 * heads * dim * 8 + heads * dim * 8  # shift and scale of K and V; K is permuted
+    heads, dim, groups = 2, 64, 2 + 2
+    tables = 2 * heads * dim * 12 + heads * dim * 4  # shift, scale and 1 / scale; K is permuted
     small = 2 * groups * 4 + 2 * 4 * 4  # clip and exponents
     hadamard = 2 * dim * dim * 4  # one for K's bands, one for V's
     assert Ledger(geometry, scheme).at(1000).plan == hadamard + 3 * (tables + small)

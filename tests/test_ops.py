@@ -207,3 +207,55 @@ def test_an_unknown_instruction_set_is_refused():
     assert (
         "SKVQ_CPU_ISA=sse9 is not an instruction set of this build; this build has" in done.stderr
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 80, 112, 192, 512])
+def test_heads_enter_and_leave(dim, dtype):
+    x = torch.randn(7, 6, dim).to(dtype)
+    permutation = torch.stack([torch.randperm(dim) for _ in range(2)])
+    shift, scale = torch.randn(2, dim), torch.rand(2, dim) + 0.5
+    matrix, share = torch.randn(2, dim, dim) / dim**0.5, torch.rand(7, 6)
+    tables = (permutation.to(torch.int32), shift, scale)
+    entered = ops.enter_heads(x, *tables, matrix, num_kv_heads=2)
+    left = ops.leave_heads(x, *tables, matrix, share, num_kv_heads=2)
+    for head in range(6):
+        kv = head // 3
+        rows = (x[:, head].double() - shift[kv])[:, permutation[kv]] * scale[kv]
+        tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+        torch.testing.assert_close(
+            entered[:, head].double(), rows @ matrix[kv].double(), rtol=tolerance, atol=tolerance
+        )
+        back = torch.empty(7, dim, dtype=torch.float64)
+        back[:, permutation[kv]] = x[:, head].double() @ matrix[kv].double() * scale[kv]
+        back += share[:, head, None] * shift[kv]
+        torch.testing.assert_close(left[:, head].double(), back, rtol=tolerance, atol=tolerance)
+    torch.library.opcheck(
+        torch.ops.skvq.enter_heads.default, (x, *tables, matrix), {"num_kv_heads": 2}
+    )
+    arguments = (x, *tables, matrix, share)
+    torch.library.opcheck(torch.ops.skvq.leave_heads.default, arguments, {"num_kv_heads": 2})
+    nothing = ops.enter_heads(x, None, None, None, None, num_kv_heads=6)
+    assert torch.equal(nothing, x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 4)}, r"x has shape \[3, 4\]; expected \[any, any, any\]"),
+        ({"x": torch.zeros(3, 5, 64)}, "x has 5 heads; expected a multiple of num_kv_heads 2"),
+        ({"x": torch.zeros(3, 4, 70)}, "x has 70 channels; expected a multiple of 16 up to 512"),
+        ({"shift": torch.zeros(4, 64)}, r"shift has shape \[4, 64\]; expected \[2, 64\]"),
+        ({"scale": torch.zeros(2, 64).half()}, "scale has dtype Half; expected Float"),
+        ({"matrix": torch.zeros(64, 32)}, r"matrix has shape \[64, 32\]; expected \[64, 64\]"),
+        (
+            {"permutation": torch.full((2, 64), 64, dtype=torch.int32)},
+            "permutation of head 0 holds 64; channels are 0 to 63",
+        ),
+    ],
+)
+def test_maps_that_are_refused(change, message):
+    names = ("permutation", "shift", "scale", "matrix")
+    arguments = {"x": torch.zeros(3, 4, 64), **dict.fromkeys(names), **change}
+    with pytest.raises(ValueError, match=message):
+        ops.enter_heads(*arguments.values(), num_kv_heads=2)

@@ -106,9 +106,11 @@ SKVQ_FN void store_float(DType dtype, void* data, std::int64_t index, float x) {
   }
 }
 
-// Scale and zero as they are stored.
+// Scale and zero as they are stored; finite values saturate.
 SKVQ_FN std::uint16_t encode_meta(Meta meta, float x) {
-  return meta == Meta::kE4m3 ? float_to_e4m3(x) : float_to_half(x);
+  if (meta == Meta::kE4m3) return float_to_e4m3(x);
+  x = x > 65504.0f ? 65504.0f : x;
+  return float_to_half(x < -65504.0f ? -65504.0f : x);
 }
 SKVQ_FN float decode_meta(Meta meta, std::uint16_t bits) {
   return meta == Meta::kE4m3 ? e4m3_to_float(static_cast<std::uint8_t>(bits)) : half_to_float(bits);

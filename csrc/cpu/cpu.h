@@ -11,6 +11,8 @@ void append(const AppendArgs& args, const Parallel& parallel);
 
 void decode_attention(const DecodeArgs& args, const Parallel& parallel);
 
+void map_heads(const MapHeadsArgs& args, const Parallel& parallel);
+
 void quantize_rows(const QuantizeRowsArgs& args, const Parallel& parallel);
 void dequantize_rows(const QuantizeRowsArgs& args, const Parallel& parallel);
 

@@ -12,6 +12,7 @@ struct PackKernels {
   void (*store_rows)(const AppendArgs& args, int sequence, int head);
   void (*quantize_rows)(const QuantizeRowsArgs& args, std::int64_t begin, std::int64_t end);
   void (*dequantize_rows)(const QuantizeRowsArgs& args, std::int64_t begin, std::int64_t end);
+  void (*map_heads)(const MapHeadsArgs& args, std::int64_t token);
   // One side of a record as fp32 [64 tokens, head_dim].
   void (*dequantize_record)(const RecordFormat& format, Side side, Exponents exponents, const std::uint8_t* record,
                             float* out);

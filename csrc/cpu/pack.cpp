@@ -1,5 +1,6 @@
 // Kernels whose results must agree in every bit on all instruction sets.
 #include "cpu/append_kernel.h"
+#include "cpu/heads_kernel.h"
 #include "cpu/kernels.h"
 #include "cpu/rows_kernel.h"
 
@@ -39,7 +40,7 @@ inline void dequantize_record(const RecordFormat& format, Side side, Exponents e
 }
 
 PackKernels pack_kernels() {
-  return {flush_tile, store_rows, quantize_rows_range, dequantize_rows_range, dequantize_record};
+  return {flush_tile, store_rows, quantize_rows_range, dequantize_rows_range, map_heads, dequantize_record};
 }
 
 }  // namespace SKVQ_ISA

@@ -18,6 +18,15 @@ void run_rows(const QuantizeRowsArgs& a, const Parallel& parallel, RangeKernel k
 
 }  // namespace
 
+void map_heads(const MapHeadsArgs& a, const Parallel& parallel) {
+  constexpr std::int64_t kTokensPerTask = 16;
+  const PackKernels& pack = kernels().pack;
+  for_each(parallel, (a.num_tokens + kTokensPerTask - 1) / kTokensPerTask, [&](std::int64_t i) {
+    for (std::int64_t t = i * kTokensPerTask; t < (i + 1) * kTokensPerTask && t < a.num_tokens; ++t)
+      pack.map_heads(a, t);
+  });
+}
+
 void quantize_rows(const QuantizeRowsArgs& a, const Parallel& parallel) {
   run_rows(a, parallel, kernels().pack.quantize_rows);
 }

@@ -27,6 +27,12 @@ std::string build_info() {
 STABLE_TORCH_LIBRARY(skvq, m) {
   m.def("permute_channels(Tensor x, Tensor permutation) -> Tensor");
   m.def(
+      "enter_heads(Tensor x, Tensor? permutation, Tensor? shift, Tensor? scale, Tensor? matrix, *, int num_kv_heads) "
+      "-> Tensor");
+  m.def(
+      "leave_heads(Tensor o, Tensor? permutation, Tensor? shift, Tensor? scale, Tensor? matrix, Tensor? share, *, "
+      "int num_kv_heads) -> Tensor");
+  m.def(
       "quantize_pack(Tensor x, Tensor group_start, Tensor? clip=None, *, str code, str meta=\"fp8\", int "
       "scale_exponent=0, "
       "int zero_exponent=0) -> (Tensor codes, Tensor meta)");
@@ -60,6 +66,8 @@ STABLE_TORCH_LIBRARY(skvq, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(skvq, CPU, m) {
   m.impl("permute_channels", TORCH_BOX(&skvq::ops::permute_channels));
+  m.impl("enter_heads", TORCH_BOX(&skvq::ops::enter_heads));
+  m.impl("leave_heads", TORCH_BOX(&skvq::ops::leave_heads));
   m.impl("quantize_pack", TORCH_BOX(&skvq::ops::quantize_pack));
   m.impl("dequantize_unpack", TORCH_BOX(&skvq::ops::dequantize_unpack));
   m.impl("append", TORCH_BOX(&skvq::ops::append));

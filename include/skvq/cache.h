@@ -94,6 +94,25 @@ struct DecodeArgs {
   float* lse;                  // [num_q_tokens, num_q_heads], natural logarithm
 };
 
+// The maps between a model's heads and the space of the cache, with tables per KV head.
+//   enter: y = ((x - shift) permuted * scale) matrix        k, v and q on their way in
+//   leave: x = inverse permutation of (o matrix * scale) + share * shift      o on its way out
+struct MapHeadsArgs {
+  RowsView x;  // [num_tokens, num_heads, head_dim] of dtype
+  DType dtype;
+  std::int64_t num_tokens;
+  int num_heads, head_dim;
+  int ratio;                        // heads that share a KV head
+  const std::int32_t* permutation;  // [num_heads / ratio, head_dim] or null
+  const float* shift;               // [num_heads / ratio, head_dim] or null
+  const float* scale;               // [num_heads / ratio, head_dim] or null
+  const float* matrix;              // [head_dim, head_dim], one per KV head or one for all, or null
+  bool matrix_per_head;
+  bool leave;
+  const float* share;  // [num_tokens, num_heads] or null for 1
+  void* out;           // [num_tokens, num_heads, head_dim] of dtype, contiguous
+};
+
 // Rows of a plain matrix with groups of any size: for research and for tests.
 struct QuantizeRowsArgs {
   const void* x;  // [num_rows, num_channels] of dtype, contiguous
