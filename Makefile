@@ -3,7 +3,7 @@
 # Both make their own environment in .venv; a second run starts at once.
 #
 # PYTHON=python3.12   the interpreter to make .venv from (3.10 or newer)
-# TORCH=torch==2.13.0 what to hand to pip for PyTorch, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# TORCH=torch==2.13.0 what to hand to pip for PyTorch, with options such as --index-url where you want another build
 # SKVQ_CUDA=0|1|auto  which backends to build (see setup.py)
 
 SHELL := /bin/bash
@@ -36,7 +36,7 @@ test: $(VENV)/.dev
 	@$(BIN)/mypy --no-error-summary
 	@$(MAKE) --no-print-directory ctest
 	$(say) "Python tests"
-	@$(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
