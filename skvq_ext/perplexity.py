@@ -26,9 +26,11 @@ PACKED_CHUNK = 64
 
 @dataclass(frozen=True)
 class Score:
-    """Loss over the scored tokens. losses, f64 [scored], in nats; seconds of all forwards."""
+    """What a text cost. losses, f64 [scored], in nats; hits, bool [scored], whether the token was
+    the likeliest; seconds of all forwards."""
 
     losses: torch.Tensor
+    hits: torch.Tensor
     seconds: float
 
     @property
@@ -79,7 +81,7 @@ def score(
     first = max(1, skip)
     if first >= num_tokens:
         raise ValueError(f"nothing to score: {num_tokens} tokens, of which {first} are context.")
-    losses, read = [], 0
+    losses, hits, read = [], [], 0
     started = time.perf_counter()
     while read < num_tokens - 1:
         stop = min(read + chunk, num_tokens - 1)
@@ -88,12 +90,13 @@ def score(
         start = max(read, first - 1)  # position p predicts token p + 1
         if start < stop:
             following = ids[0, start + 1 : stop + 1]
-            losses.append(
-                cross_entropy(logits[start - read :].float(), following, reduction="none")
-            )
+            scores = logits[start - read :].float()
+            losses.append(cross_entropy(scores, following, reduction="none"))
+            hits.append(scores.argmax(-1) == following)
         progress(stop - read)
         read = stop
-    return Score(torch.cat(losses).double().cpu(), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Score(torch.cat(losses).double().cpu(), torch.cat(hits).cpu(), seconds)
 
 
 def score_full(model: Any, ids: torch.Tensor, skip: int = 0, step: Step = no_steps) -> Score:

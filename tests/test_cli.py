@@ -122,6 +122,7 @@ def test_full_score_is_the_plain_loss(model_dir: Path, text: Path) -> None:
         got = score_full(loaded.model, ids, skip)
         assert got.scored == 600 - first
         assert got.nll == pytest.approx(expected.item(), abs=1e-5)
+        assert torch.equal(got.hits, logits[first - 1 : -1].argmax(-1) == ids[0, first:])
 
 
 @pytest.mark.parametrize("scheme", [SMALL, "k2-v2-g32-w1-sink0", "k2-v2-g32-w70-sink0-rollback9"])
