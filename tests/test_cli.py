@@ -218,6 +218,22 @@ def test_directories_without_a_model(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
+def test_planted_numbers_are_where_they_are_looked_for(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    import retrieval
+
+    loaded = load_model(str(model_dir))
+    ids, digits = retrieval.haystack(loaded, ["One.", "Two.", "Three."], seed=0)
+    text = "".join(loaded.tokenizer.convert_ids_to_tokens(ids[0].tolist()))
+    planted = re.findall(r"The number of (\w+) is (\d{5})\.", text)
+    asked = re.findall(r"The number of (\w+) is (\d{5})(?!\.)", text)
+    assert len(planted) == 8 and sorted(planted) == sorted(asked)
+    found = "".join(loaded.tokenizer.convert_ids_to_tokens(ids[0, digits].tolist()))
+    assert found == "".join(number for _, number in asked)
+
+
 def test_help_needs_no_transformers() -> None:
     code = "import skvq_ext.cli, sys; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
