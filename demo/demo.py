@@ -122,11 +122,13 @@ def _perplexity(loaded: LanguageModel, scheme: Scheme, plan: Plan, tokens: int) 
             row("packed, calibrated", bits, tuned),
         ),
     )
-    gain, error = plain.above(tuned)
-    verdict = "less than" if abs(gain) < 2 * error else "more than"
+    change, error = tuned.above(plain)
+    verdict = "costs" if change > 0 else "pays"
+    if abs(change) < 2 * error:
+        verdict = "makes no difference that so many tokens could show"
     report.say(
-        f"Calibration bought {gain:+.4f} ± {error:.4f} nats a token, {verdict} twice the standard "
-        "error of this measurement."
+        f"Calibrated against default: {change:+.4f} ± {error:.4f} nats a token (standard error). "
+        f"On this model and scheme calibration {verdict}."
     )
 
 
