@@ -56,6 +56,7 @@ Timing measure_decode(const Case& c, const Options& o, Subjects& subjects) {
   args.num_q_heads = static_cast<int>(q_heads);
   args.softmax_scale = 0.1f;
   args.queries_in_cache = true;
+  args.exact = o.exact;
   args.out = out.data();
   args.lse = lse.data();
   return measure(

@@ -24,6 +24,7 @@ struct Options {
   std::vector<int> heads = {8}, ratios = {4}, head_dims = {128}, contexts = {4096, 32768}, groups = {128},
                    threads = {1};
   std::string meta = "fp8", arrangement = "lanes", dtype = "bf16", json;
+  bool exact = true;
   int append_tokens = kTileTokens, window = 128, sinks = 5, warmup = 3, repetitions = 15, working_set_mib = 0;
 };
 
@@ -43,6 +44,7 @@ settings
   --meta fp8|fp16            type of scales and zeros                [fp8]
   --arrangement lanes|rows                                           [lanes]
   --dtype f32|f16|bf16       queries, window and new tokens          [bf16]
+  --math exact|integer       how packed tiles are read               [exact]
   --append-tokens N          tokens of one append call               [64]
   --window N, --sinks N      tokens kept in full precision           [128, 5]
   --warmup N, --reps N       calls before and in the measurement     [3, 15]
@@ -116,6 +118,13 @@ inline Options parse_options(int argc, char** argv) {
       {"--meta", text(o.meta)},
       {"--arrangement", text(o.arrangement)},
       {"--dtype", text(o.dtype)},
+      {"--math",
+       [&](auto name, auto value) {
+         if (value != "exact" && value != "integer") {
+           throw std::invalid_argument(concat(name, ": expected exact or integer, found \"", value, "\""));
+         }
+         o.exact = value == "exact";
+       }},
       {"--append-tokens", number(o.append_tokens)},
       {"--window", number(o.window)},
       {"--sinks", number(o.sinks)},

@@ -272,6 +272,37 @@ def test_a_missing_page_is_named():
         case.attend(torch.zeros(1, 2, 64))
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(("k_format", "v_format"), SCHEMES)
+def test_integer_products_add_little_to_the_error_of_the_codes(k_format, v_format, head_dim):
+    if head_dim == 80:  # half of the head is not a multiple of 16 channels
+        k_format, v_format = k_format.split(":")[0], v_format.split(":")[0]
+    case = Case(RecordFormat(k_format, v_format, 64, "fp8", head_dim), max_pages=40)
+    k, v, q = case.rows(2000), case.rows(2000), case.rows(4, 8)
+    case.append(k, v)
+    reference = case.reference(k, v)
+    packed, _ = reference.attend(q, 1996, softmax_scale=head_dim**-0.5)
+    reference.packed_k, reference.packed_v = k, v
+    truth, _ = reference.attend(q, 1996, softmax_scale=head_dim**-0.5)
+    out, _ = case.attend(q, exact=False)
+    added, codes = (out - packed).square().mean().sqrt(), (packed - truth).square().mean().sqrt()
+    assert added < codes / 20
+
+
+def test_integer_products_keep_nan_where_it_is():
+    clean, spoiled = Case(FORMAT), Case(FORMAT)
+    k, v, q = clean.rows(400), clean.rows(400), clean.rows(1, 4)
+    clean.append(k, v)
+    v[70, 0, 5] = float("nan")
+    spoiled.append(k, v)
+    (want, _), (got, _) = clean.attend(q, exact=False), spoiled.attend(q, exact=False)
+    assert torch.equal(got[:, 2:], want[:, 2:]) and got[:, :2].isnan().any(-1).all()
+    broken = q.clone()
+    broken[0, 3, 0] = float("nan")
+    got, _ = clean.attend(broken, exact=False)
+    assert torch.equal(got[:, :3], want[:, :3]) and got[0, 3].isnan().all()
+
+
 def test_merge_of_two_parts_is_attention_over_both():
     q, k, v = torch.randn(5, 4, 64), torch.randn(90, 4, 64), torch.randn(90, 4, 64)
 

@@ -25,6 +25,7 @@ SKVQ_FN SoftmaxState empty_state() {
 
 // Factor for what was summed under `old_max` once the maximum is `new_max`; 0, not NaN, for an empty state.
 SKVQ_FN float rescale(float old_max, float new_max) {
+  if (old_max == new_max) return old_max == minus_infinity() ? 0.0f : 1.0f;
   return old_max == minus_infinity() ? 0.0f : ::expf(old_max - new_max);
 }
 

@@ -1,5 +1,6 @@
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "core/window.h"
@@ -87,9 +88,12 @@ void decode_attention(const DecodeArgs& a, const Parallel& parallel) {
   for_each(parallel, static_cast<std::int64_t>(items.size()), [&](std::int64_t i) {
     const std::size_t tile_floats = static_cast<std::size_t>(c.head_dim) * kTileTokens;
     const std::size_t row_floats = static_cast<std::size_t>(c.head_dim) * kRowsPerItem;
-    const AlignedFloats buffer = aligned_floats(2 * tile_floats + row_floats + attend.tile_bytes / sizeof(float) + 1);
-    Scratch scratch{buffer.get(), buffer.get() + tile_floats, buffer.get() + 2 * tile_floats,
-                    buffer.get() + 2 * tile_floats + row_floats};
+    const std::size_t tile_values = attend.tile_bytes / sizeof(float) + 1;
+    const AlignedFloats buffer = aligned_floats(2 * tile_floats + 2 * row_floats + tile_values);
+    float* next_free = buffer.get();
+    const auto take = [&](std::size_t n) { return std::exchange(next_free, next_free + n); };
+    Scratch scratch{take(tile_floats), take(tile_floats), take(row_floats),
+                    reinterpret_cast<std::int8_t*>(take(row_floats)), take(tile_values)};
     attend.attend_item(a, items[i], scratch);
   });
   for_each(parallel, static_cast<std::int64_t>(blocks.size()),

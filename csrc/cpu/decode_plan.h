@@ -21,10 +21,11 @@ struct WorkItem {
 
 // Buffers of one item in flight.
 struct Scratch {
-  float* k;    // [64 * head_dim]
-  float* v;    // [64 * head_dim]
-  float* q;    // [kRowsPerItem * head_dim]
-  void* tile;  // scales and zeros
+  float* k;         // [64 * head_dim]
+  float* v;         // [64 * head_dim]
+  float* q;         // [kRowsPerItem * head_dim]
+  std::int8_t* q8;  // [2 * kRowsPerItem * head_dim]
+  void* tile;       // scales and zeros
 };
 
 }  // namespace skvq::cpu

@@ -12,7 +12,7 @@ inline namespace SKVQ_ISA {
 // out[16 * first .. + 16 * N) = sum over i of u[i] * matrix[i][...]
 template <int N>
 SKVQ_FN void multiply_columns(const float* u, const float* matrix, int dim, int first, float* out) {
-  Float16 sums[N] = {};
+  Floats sums[N] = {};
   for (int i = 0; i < dim; ++i) {
     const float* row = matrix + i * dim + first;
     for (int n = 0; n < N; ++n) sums[n] += u[i] * load(row + n * kVector);

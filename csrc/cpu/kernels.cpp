@@ -33,7 +33,8 @@ void each_candidate(F&& visit) {
 #if defined(__x86_64__)
   visit(Candidate{"avx512",
                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"),
                   [] { return Kernels{"avx512", avx512::pack_kernels(), avx512::attend_kernels()}; }});
   visit(Candidate{"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
                   [] { return Kernels{"avx2", avx2::pack_kernels(), avx2::attend_kernels()}; }});

@@ -83,57 +83,59 @@ struct Block {
   std::uint32_t field[16][16];  // [field][lane]
 };
 
-// Words of 16 lanes; width 1 has 16-bit words.
 template <int Width>
-SKVQ_FN void load_words(const std::uint8_t* plane, int first, std::uint32_t* words) {
+SKVQ_FN void read_plane(const std::uint8_t* in, int low, Block& block) {
   if constexpr (Width == 1) {
-    std::uint16_t half[16];
-    std::memcpy(half, plane + first * 2, sizeof half);
-    for (int lane = 0; lane < 16; ++lane) words[lane] = half[lane];
-  } else {
-    std::memcpy(words, plane + first * 4, 64);
-  }
-}
-
-template <int Width>
-SKVQ_FN void store_words(std::uint8_t* plane, int first, const std::uint32_t* words) {
-  if constexpr (Width == 1) {
-    std::uint16_t half[16];
-    for (int lane = 0; lane < 16; ++lane) half[lane] = static_cast<std::uint16_t>(words[lane]);
-    std::memcpy(plane + first * 2, half, sizeof half);
-  } else {
-    std::memcpy(plane + first * 4, words, 64);
-  }
-}
-
-template <int Width>
-SKVQ_FN void read_plane(Side side, int channels, int tb, int cb, int low, const std::uint8_t* plane, Block& block) {
-  constexpr int kFields = Lanes::fields(Width);
-  for (int w = 0; w < Lanes::words(Width); ++w) {
-    std::uint32_t words[16];
-    load_words<Width>(plane, Lanes::block(side, Width, channels, tb, cb, w), words);
-    for (int f = 0; f < kFields; ++f) {
-      const int shift = Lanes::field_shift(Width, f);
+    std::uint64_t masks[4];
+    std::memcpy(masks, in, sizeof masks);
+    for (int f = 0; f < 16; ++f) {
       for (int lane = 0; lane < 16; ++lane) {
-        block.field[w * kFields + f][lane] |= ((words[lane] >> shift) & ((1u << Width) - 1)) << low;
+        block.field[f][lane] |= static_cast<std::uint32_t>(masks[f / 4] >> (lane * 4 + f % 4) & 1u) << low;
+      }
+    }
+  } else {
+    constexpr int kFields = 32 / Width;
+    for (int first = 0; first < 16; first += kFields) {
+      std::uint32_t words[16];
+      std::memcpy(words, in + first / kFields * 64, sizeof words);
+      for (int f = 0; f < kFields; ++f) {
+        const int shift = 8 * (f % 4) + Width * (f / 4);
+        for (int lane = 0; lane < 16; ++lane) {
+          block.field[first + f][lane] |= (words[lane] >> shift & ((1u << Width) - 1)) << low;
+        }
       }
     }
   }
 }
 
 template <int Width>
-SKVQ_FN void write_plane(Side side, int channels, int tb, int cb, int low, const Block& block, std::uint8_t* plane) {
-  constexpr int kFields = Lanes::fields(Width);
-  for (int w = 0; w < Lanes::words(Width); ++w) {
-    std::uint32_t words[16] = {};
-    for (int f = 0; f < kFields; ++f) {
-      const int shift = Lanes::field_shift(Width, f);
+SKVQ_FN void write_plane(const Block& block, int low, std::uint8_t* out) {
+  if constexpr (Width == 1) {
+    std::uint64_t masks[4] = {};
+    for (int f = 0; f < 16; ++f) {
       for (int lane = 0; lane < 16; ++lane) {
-        words[lane] |= ((block.field[w * kFields + f][lane] >> low) & ((1u << Width) - 1)) << shift;
+        masks[f / 4] |= static_cast<std::uint64_t>(block.field[f][lane] >> low & 1u) << (lane * 4 + f % 4);
       }
     }
-    store_words<Width>(plane, Lanes::block(side, Width, channels, tb, cb, w), words);
+    std::memcpy(out, masks, sizeof masks);
+  } else {
+    constexpr int kFields = 32 / Width;
+    for (int first = 0; first < 16; first += kFields) {
+      std::uint32_t words[16] = {};
+      for (int f = 0; f < kFields; ++f) {
+        const int shift = 8 * (f % 4) + Width * (f / 4);
+        for (int lane = 0; lane < 16; ++lane) {
+          words[lane] |= (block.field[first + f][lane] >> low & ((1u << Width) - 1)) << shift;
+        }
+      }
+      std::memcpy(out + first / kFields * 64, words, sizeof words);
+    }
   }
+}
+
+// First byte of a block in the second plane of a code whose first plane has `low_width` bits.
+SKVQ_FN int high_block(Side side, int low_width, int high_width, int channels, int tb, int cb) {
+  return channels * kTileTokens * low_width / 8 + Lanes::block_offset(side, high_width, channels, tb, cb);
 }
 
 template <int Low, int High>
@@ -147,9 +149,8 @@ void pack_lanes(Side side, const Band& band, const std::uint8_t* codes, std::uin
           block.field[i][j] = codes[channel * kTileTokens + token];
         }
       }
-      write_plane<Low>(side, band.channels, tb, cb, 0, block, out);
-      if constexpr (High > 0)
-        write_plane<High>(side, band.channels, tb, cb, Low, block, out + band.channels * kTileTokens * Low / 8);
+      write_plane<Low>(block, 0, out + Lanes::block_offset(side, Low, band.channels, tb, cb));
+      if constexpr (High > 0) write_plane<High>(block, Low, out + high_block(side, Low, High, band.channels, tb, cb));
     }
   }
 }
@@ -160,9 +161,8 @@ void unpack_lanes(Side side, const Band& band, int head_dim, const std::uint8_t*
   for (int tb = 0; tb < Lanes::kBlocks; ++tb) {
     for (int cb = 0; cb < band.channels / 16; ++cb) {
       Block block = {};
-      read_plane<Low>(side, band.channels, tb, cb, 0, in, block);
-      if constexpr (High > 0)
-        read_plane<High>(side, band.channels, tb, cb, Low, in + band.channels * kTileTokens * Low / 8, block);
+      read_plane<Low>(in + Lanes::block_offset(side, Low, band.channels, tb, cb), 0, block);
+      if constexpr (High > 0) read_plane<High>(in + high_block(side, Low, High, band.channels, tb, cb), Low, block);
       const int channel = band.begin + cb * 16;
       for (int f = 0; f < 16; ++f) {
         float* row = out + (side == Side::kKey ? float_index(side, head_dim, tb * 16, channel + f)
@@ -174,22 +174,45 @@ void unpack_lanes(Side side, const Band& band, int head_dim, const std::uint8_t*
   }
 }
 
+// Sixteen bytes of base-3 digits, one a lane, lowest digit first.
+template <class F>
+SKVQ_FN void each_trit(const std::uint8_t* bytes, int stride, int digits, F&& visit) {
+  std::int32_t rest[16];
+  for (int lane = 0; lane < 16; ++lane) rest[lane] = bytes[lane * stride];
+  for (int digit = 0; digit < digits; ++digit) {
+    float trit[16];
+    for (int lane = 0; lane < 16; ++lane) {
+      const std::int32_t third = (rest[lane] * 171) >> 9;  // rest / 3, exact under 256
+      trit[lane] = static_cast<float>(rest[lane] - 3 * third) - code_centre(Code::kTernary);
+      rest[lane] = third;
+    }
+    visit(digit, trit);
+  }
+}
+
 inline void unpack_lanes_ternary(Side side, const Band& band, int head_dim, const std::uint8_t* in, float* out) {
-  constexpr float kCentre = code_centre(Code::kTernary);
-  for (int r = 0; r < kTernaryTileRows; ++r) {
-    for (int cb = 0; cb < band.channels; cb += 16) {
-      std::int32_t rest[16];
-      for (int lane = 0; lane < 16; ++lane) rest[lane] = in[r * band.channels + cb + lane];
-      for (int token = r; token < kTileTokens; token += kTernaryTileRows) {
-        float trit[16];
-        for (int lane = 0; lane < 16; ++lane) {
-          const std::int32_t third = (rest[lane] * 171) >> 9;  // rest / 3, exact under 256
-          trit[lane] = static_cast<float>(rest[lane] - 3 * third) - kCentre;
-          rest[lane] = third;
-        }
-        for (int lane = 0; lane < 16; ++lane)
-          out[float_index(side, head_dim, token, band.begin + cb + lane)] = trit[lane];
+  for (int cb = 0; cb < band.channels; cb += 16, in += Lanes::kTernaryBlockBytes) {
+    const auto put = [&](int token, const float* trit) {
+      for (int i = 0; i < 16; ++i) out[float_index(side, head_dim, token, band.begin + cb + i)] = trit[i];
+    };
+    for (int word = 0; word < 3; ++word) {
+      for (int byte = 0; byte < 4; ++byte) {
+        each_trit(in + word * 64 + byte, 4, kTritsPerByte,
+                  [&](int digit, const float* trit) { put((3 * digit + word) * 4 + byte, trit); });
       }
+    }
+    each_trit(in + 192, 1, Lanes::kQuad, [&](int digit, const float* trit) { put(60 + digit, trit); });
+  }
+}
+
+inline void pack_lanes_ternary(const Band& band, const std::uint8_t* codes, std::uint8_t* out) {
+  std::memset(out, 0, tile_code_bytes(band.code, band.channels));
+  for (int t = 0; t < kTileTokens; ++t) {
+    const Slot first = Lanes::trit(band.channels, t, 0);
+    const int stride = Lanes::trit(band.channels, t, 1).byte - first.byte, weight = power_of_three(first.shift);
+    for (int c = 0; c < band.channels; ++c) {
+      std::uint8_t& byte = out[first.byte + c / 16 * Lanes::kTernaryBlockBytes + c % 16 * stride];
+      byte = static_cast<std::uint8_t>(byte + codes[c * kTileTokens + t] * weight);
     }
   }
 }
@@ -207,17 +230,7 @@ inline void pack_band<Lanes>(Side side, const Band& band, const std::uint8_t* co
     case Code::kTernaryFast:
       return pack_lanes<2, 0>(side, band, codes, out);
     case Code::kTernary:
-      break;
-  }
-  for (int r = 0; r < kTernaryTileRows; ++r) {
-    for (int c = 0; c < band.channels; ++c) {
-      int value = 0;
-      for (int digit = kTritsPerByte - 1; digit >= 0; --digit) {
-        const int token = digit * kTernaryTileRows + r;
-        value = value * 3 + (token < kTileTokens ? codes[c * kTileTokens + token] : 0);
-      }
-      out[r * band.channels + c] = static_cast<std::uint8_t>(value);
-    }
+      return pack_lanes_ternary(band, codes, out);
   }
 }
 

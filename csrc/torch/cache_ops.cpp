@@ -86,7 +86,8 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const OptionalTenso
                                             const OptionalTensor& logit_shift, const std::string& k_format,
                                             const std::string& v_format, std::int64_t group, const std::string& meta,
                                             const std::string& arrangement, std::int64_t window, double softmax_scale,
-                                            std::int64_t sliding_window, double softcap, bool queries_in_cache) {
+                                            std::int64_t sliding_window, double softcap, bool queries_in_cache,
+                                            bool exact) {
   DecodeArgs a{};
   a.cache = make_cache_view({pages, page_table, sink_k, sink_v, ring_k, ring_v, kv_len, exponents},
                             {k_format, v_format, group, meta, arrangement}, window);
@@ -108,6 +109,7 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const OptionalTenso
   a.softcap = static_cast<float>(softcap);
   a.sliding_window = static_cast<int>(std::min<std::int64_t>(sliding_window, 1 << 30));
   a.queries_in_cache = queries_in_cache;
+  a.exact = exact;
   if (learned_sinks) {
     check_tensor(*learned_sinks, "learned_sinks", ScalarType::Float, {num_q_heads});
     a.learned_sinks = learned_sinks->const_data_ptr<float>();

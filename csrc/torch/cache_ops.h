@@ -18,6 +18,7 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const OptionalTenso
                                             const OptionalTensor& logit_shift, const std::string& k_format,
                                             const std::string& v_format, std::int64_t group, const std::string& meta,
                                             const std::string& arrangement, std::int64_t window, double softmax_scale,
-                                            std::int64_t sliding_window, double softcap, bool queries_in_cache);
+                                            std::int64_t sliding_window, double softcap, bool queries_in_cache,
+                                            bool exact);
 
 }  // namespace skvq::ops

@@ -52,7 +52,7 @@ STABLE_TORCH_LIBRARY(skvq, m) {
       "logit_shift=None, *, "
       "str k_format, str v_format, int group, str meta, str arrangement, int window, float softmax_scale, int "
       "sliding_window=0, "
-      "float softcap=0.0, bool queries_in_cache=True) -> (Tensor out, Tensor lse)");
+      "float softcap=0.0, bool queries_in_cache=True, bool exact=True) -> (Tensor out, Tensor lse)");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
   m.def("copy_pages(Tensor(a!) pages, Tensor source_ids, Tensor target_ids) -> ()");
   m.def(

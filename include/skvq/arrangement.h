@@ -35,39 +35,40 @@ struct Rows {
   }
 };
 
-// For vector units: a block is 16 tokens x 16 channels, cut into 16 lanes of 32-bit words (16-bit for one-bit
-// planes). Lanes are tokens for K (dot products need no sum across lanes) and channels for V. Inside a word
-// neighbouring fields go to neighbouring bytes, so `(word >> width * j) & mask` leaves 4 fields as 4 bytes.
+// For vector units: a block is 16 tokens x 16 channels, 16 lanes of 16 fields. Lanes are tokens for K (dot products
+// need no sum across lanes) and channels for V. Fields go in quads of four: a quad's fields are neighbouring bytes of
+// its lane's 32-bit word, so that `(word >> width * q) & mask` is one operand of a four-way byte dot product. A plane
+// of one bit holds, quad by quad, a 64-bit mask over the bytes of such a vector.
 struct Lanes {
   static constexpr ArrangementKind kind = ArrangementKind::kLanes;
   static constexpr int kLanes = 16;
   static constexpr int kBlocks = kTileTokens / kLanes;  // blocks of tokens in a tile
+  static constexpr int kQuad = 4;
+  static constexpr int kTernaryBlockBytes = kTernaryTileRows * kLanes;
 
-  SKVQ_FN static constexpr int word_bytes(int width) { return width == 1 ? 2 : 4; }
-  SKVQ_FN static constexpr int fields(int width) { return word_bytes(width) * 8 / width; }
-  SKVQ_FN static constexpr int words(int width) { return 16 / fields(width); }  // words of a lane in a block
-
-  // Bit of a field inside its word.
-  SKVQ_FN static constexpr int field_shift(int width, int field) {
-    return 8 * (field % word_bytes(width)) + width * (field / word_bytes(width));
-  }
-  // Index of the first lane's word.
-  SKVQ_FN static constexpr int block(Side side, int width, int channels, int token_block, int channel_block, int word) {
+  SKVQ_FN static constexpr int block_bytes(int width) { return kLanes * kLanes * width / 8; }
+  SKVQ_FN static constexpr int block_offset(Side side, int width, int channels, int token_block, int channel_block) {
     const int index =
         side == Side::kKey ? token_block * (channels / 16) + channel_block : channel_block * kBlocks + token_block;
-    return (index * words(width) + word) * kLanes;
+    return index * block_bytes(width);
   }
 
   SKVQ_FN static constexpr Slot bits(Side side, int width, int channels, int token, int channel) {
     const int lane = side == Side::kKey ? token % 16 : channel % 16;
     const int field = side == Side::kKey ? channel % 16 : token % 16;
-    const int word = block(side, width, channels, token / 16, channel / 16, field / fields(width)) + lane;
-    const int shift = field_shift(width, field % fields(width));
-    return {word * word_bytes(width) + shift / 8, shift % 8};
+    const int block = block_offset(side, width, channels, token / 16, channel / 16);
+    const int quad = field / kQuad, byte = lane * kQuad + field % kQuad;
+    if (width == 1) return {block + quad * 8 + byte / 8, byte % 8};
+    const int quads_per_word = 8 / width;
+    return {block + quad / quads_per_word * 64 + byte, quad % quads_per_word * width};
   }
-  // Thirteen rows of one byte per channel; row r holds tokens r, r + 13, r + 26, ...
-  SKVQ_FN static constexpr Slot trit(int channels, int token, int channel) {
-    return {(token % kTernaryTileRows) * channels + channel, token / kTernaryTileRows};
+
+  // Sixteen channels: three 32-bit words a lane, whose digit k in word w holds the quad 3k + w of tokens, then one
+  // byte a lane with the last quad.
+  SKVQ_FN static constexpr Slot trit(int /*channels*/, int token, int channel) {
+    const int block = channel / 16 * kTernaryBlockBytes, lane = channel % 16, quad = token / kQuad;
+    if (quad == 15) return {block + 192 + lane, token % kQuad};
+    return {block + (quad % 3 * kLanes + lane) * 4 + token % kQuad, quad / 3};
   }
   SKVQ_FN static constexpr int meta(int /*groups*/, int token, int group, int which) {
     return (group * 2 + which) * kTileTokens + token;

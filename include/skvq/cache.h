@@ -87,6 +87,7 @@ struct DecodeArgs {
   float softmax_scale;
   float softcap;               // 0: none
   int sliding_window;          // tokens a query sees, itself included; 0: all
+  bool exact;                  // packed tiles in fp32 too, not by integer dot products
   bool queries_in_cache;       // the queries are the last cached tokens; else they come right after them
   const float* learned_sinks;  // [num_q_heads] or null: a logit that takes probability and gives nothing
   const float* logit_shift;    // [num_q_tokens, num_q_heads] or null, added to every logit of the row

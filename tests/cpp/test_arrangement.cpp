@@ -86,18 +86,31 @@ TEST_CASE("lanes give every code and scale its own place") {
 }
 
 TEST_CASE("lanes hold a token of K and a channel of V per lane") {
-  for (const int width : {1, 2, 4, 8}) {
-    const int word = Lanes::word_bytes(width);
+  for (const int width : {2, 4, 8}) {
     for (int lane = 0; lane < Lanes::kLanes; ++lane) {
-      CHECK(Lanes::bits(Side::kKey, width, 128, lane, 0).byte == lane * word);
-      CHECK(Lanes::bits(Side::kValue, width, 128, 0, lane).byte == lane * word);
+      CHECK(Lanes::bits(Side::kKey, width, 128, lane, 0).byte == lane * 4);
+      CHECK(Lanes::bits(Side::kValue, width, 128, 0, lane).byte == lane * 4);
     }
   }
 }
 
-TEST_CASE("four fields of a word come out as four bytes") {
-  for (const int width : {2, 4}) {
-    for (int field = 0; field < 4; ++field) CHECK(Lanes::field_shift(width, field) == 8 * field);
+TEST_CASE("the fields of a quad are neighbouring bytes") {
+  for (const int width : {2, 4, 8}) {
+    for (int field = 0; field < 16; ++field) {
+      const Slot first = Lanes::bits(Side::kKey, width, 128, 3, field / 4 * 4);
+      const Slot slot = Lanes::bits(Side::kKey, width, 128, 3, field);
+      CHECK(slot.byte == first.byte + field % 4);
+      CHECK(slot.shift == first.shift);
+    }
+  }
+}
+
+TEST_CASE("a plane of one bit is a mask over the bytes of a quad's vector") {
+  for (int lane = 0; lane < 16; ++lane) {
+    for (int field = 0; field < 16; ++field) {
+      const Slot slot = Lanes::bits(Side::kKey, 1, 128, lane, field);
+      CHECK(slot.byte * 8 + slot.shift == field / 4 * 64 + lane * 4 + field % 4);
+    }
   }
 }
 

@@ -65,9 +65,10 @@ std::vector<float> attend_with(const AttendKernels& attend, const Queries& queri
   std::vector<float> k(c.head_dim * kTileTokens), v(k), q(c.head_dim * kRowsPerItem), partial(rows * c.head_dim),
       results;
   std::vector<double> tile(attend.tile_bytes / sizeof(double) + 1);
+  std::vector<std::int8_t> q8(2 * kRowsPerItem * c.head_dim);
   std::vector<SoftmaxState> states(rows);
   for (int head = 0; head < c.num_kv_heads; ++head) {
-    Scratch scratch{k.data(), v.data(), q.data(), tile.data()};
+    Scratch scratch{k.data(), v.data(), q.data(), q8.data(), tile.data()};
     const WorkItem item{
         0, head, 0, rows, true, 0, packed_tiles(c.kv_len[0], c.num_sinks, c.window), partial.data(), states.data()};
     attend.attend_item(a, item, scratch);
@@ -86,6 +87,16 @@ void check_close(const std::vector<float>& a, const std::vector<float>& b) {
   for (std::size_t i = 0; i < a.size(); ++i)
     largest = std::max(largest, std::fabs(a[i] - b[i]) / std::max(1.0f, std::fabs(b[i])));
   CHECK(largest <= 1e-5f);
+}
+
+// Root mean square of the difference over that of `want`.
+float relative_error(const std::vector<float>& got, const std::vector<float>& want) {
+  double difference = 0.0, size = 0.0;
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    difference += (got[i] - want[i]) * (got[i] - want[i]);
+    size += want[i] * want[i];
+  }
+  return static_cast<float>(std::sqrt(difference / size));
 }
 
 template <class Check>
@@ -179,6 +190,20 @@ TEST_CASE("attention agrees within 1e-5 with every instruction set") {
       Queries queries(cache, 3, 5, 3);
       queries.args.softcap = shape.head_dim == 64 ? 20.0f : 0.0f;
       check_close(attend_with(set.attend, queries), attend_with(portable_kernels().attend, queries));
+    });
+  }
+}
+
+TEST_CASE("integer dot products add little with every instruction set that has them") {
+  for (const Kernels& set : other_kernels()) {
+    CAPTURE(set.isa);
+    each_shape([&](const CacheShape& shape) {
+      Cache cache(shape);
+      cache.append(Tokens(shape, 250, 2));
+      Queries queries(cache, 3, 5, 3);
+      const std::vector<float> exact = attend_with(set.attend, queries);
+      queries.args.exact = false;
+      CHECK(relative_error(attend_with(set.attend, queries), exact) < 0.02f);
     });
   }
 }

@@ -135,6 +135,7 @@ struct Queries {
     args.num_q_heads = heads;
     args.softmax_scale = 0.125f;
     args.queries_in_cache = true;
+    args.exact = true;
     args.out = out.data();
     args.lse = lse.data();
   }
