@@ -26,8 +26,9 @@ CXX_FILES = $(shell find include csrc tests bench -path "*third_party*" -prune -
 TOOLS := $(if $(shell command -v cmake),,cmake) $(if $(shell command -v ninja),,ninja)
 say = @printf '\033[1m==>\033[0m %s\n'
 
+# passive: threads that spin for each other make a busy machine several times slower
 demo: $(VENV)/.built
-	@$(BIN)/python demo/demo.py $(if $(SCHEME),--scheme "$(SCHEME)")
+	@OMP_WAIT_POLICY=passive $(BIN)/python demo/demo.py $(if $(SCHEME),--scheme "$(SCHEME)")
 
 test: $(VENV)/.dev
 	$(say) "ruff"
