@@ -108,11 +108,8 @@ inline void flush_tile(const AppendArgs& a, int sequence, int head, int tile_ind
     const float* clip = side == Side::kKey ? a.k_clip : a.v_clip;
     clip += head * c.format.side(side).num_groups();
     const Exponents exponents = c.exponents_of(side, head);
-    if (c.format.arrangement == ArrangementKind::kLanes) {
-      pack_side<Lanes>(c.format, side, clip, exponents, tile, record);
-    } else {
-      pack_side<Rows>(c.format, side, clip, exponents, tile, record);
-    }
+    visit_arrangement(c.format.arrangement,
+                      [&]<class A>() { pack_side<A>(c.format, side, clip, exponents, tile, record); });
   }
 }
 

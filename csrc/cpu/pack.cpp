@@ -32,11 +32,8 @@ void dequantize_side(const RecordFormat& format, Side side, Exponents exponents,
 
 inline void dequantize_record(const RecordFormat& format, Side side, Exponents exponents, const std::uint8_t* record,
                               float* out) {
-  if (format.arrangement == ArrangementKind::kLanes) {
-    dequantize_side<Lanes>(format, side, exponents, record, out);
-  } else {
-    dequantize_side<Rows>(format, side, exponents, record, out);
-  }
+  visit_arrangement(format.arrangement,
+                    [&]<class A>() { dequantize_side<A>(format, side, exponents, record, out); });
 }
 
 PackKernels pack_kernels() {

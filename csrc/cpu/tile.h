@@ -1,7 +1,7 @@
 // Codes of a tile into the bytes of a record and back, for every arrangement.
 //
-// `Rows` goes code by code through the arrangement's positions; `Lanes` moves blocks of 16 x 16 with vector
-// instructions. Both give the same values (tests/cpp/test_tile.cpp).
+// `Rows` and `Mma` go code by code through the arrangement's positions; `Lanes` moves blocks of 16 x 16 with vector
+// instructions. All give the same values (tests/cpp/test_tile.cpp).
 #pragma once
 
 #include <cstring>
@@ -27,7 +27,8 @@ void pack_band(Side side, const Band& band, const std::uint8_t* codes, std::uint
       const int code = codes[c * kTileTokens + t];
       if (is_base3(band.code)) {
         const Slot slot = Arrangement::trit(band.channels, t, c);
-        out[slot.byte] = static_cast<std::uint8_t>(out[slot.byte] + code * power_of_three(slot.shift));
+        const int trits = Arrangement::from_byte(out[slot.byte]) + code * power_of_three(slot.shift);
+        out[slot.byte] = static_cast<std::uint8_t>(Arrangement::to_byte(trits));
         continue;
       }
       std::uint8_t* plane = out;
@@ -47,7 +48,7 @@ template <class Arrangement>
 int read_code(Side side, const Band& band, const std::uint8_t* in, int token, int channel) {
   if (is_base3(band.code)) {
     const Slot slot = Arrangement::trit(band.channels, token, channel);
-    return in[slot.byte] / power_of_three(slot.shift) % 3;
+    return Arrangement::from_byte(in[slot.byte]) / power_of_three(slot.shift) % 3;
   }
   int code = 0, low = 0;
   for (const int width : traits(band.code).plane_bits) {

@@ -113,11 +113,7 @@ void load_floats(const CacheView& c, const std::uint8_t* record, int head, TileV
 
 // A record as floats, for the exact kernel.
 inline void load_record(const CacheView& c, const std::uint8_t* record, int head, TileValues& tile) {
-  if (c.format.arrangement == ArrangementKind::kLanes) {
-    load_floats<Lanes>(c, record, head, tile);
-  } else {
-    load_floats<Rows>(c, record, head, tile);
-  }
+  visit_arrangement(c.format.arrangement, [&]<class A>() { load_floats<A>(c, record, head, tile); });
 }
 
 // Scales and zeros alone, for the integer kernel; false where one of V is NaN.

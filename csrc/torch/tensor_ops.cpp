@@ -142,7 +142,7 @@ Tensor dequantize_unpack(const Tensor& codes, const Tensor& meta, const Tensor& 
 std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
                                         const Tensor& lse_b) {
   SKVQ_CHECK(out_a.dim() == 3, "out_a has shape ", shape_of(out_a), "; expected [num_tokens, num_heads, head_dim]");
-  cpu::MergeArgs a{};
+  MergeArgs a{};
   const std::int64_t tokens = out_a.size(0), heads = out_a.size(1), dim = out_a.size(2);
   a.dtype = float_dtype(out_a, "out_a");
   check_tensor(out_a, "out_a", out_a.scalar_type(), {tokens, heads, dim});
@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor> unpack_pages(const Tensor& pages, const Tensor& page_
                                         const std::string& k_format, const std::string& v_format, std::int64_t group,
                                         const std::string& meta, const std::string& arrangement,
                                         std::int64_t head_dim) {
-  cpu::UnpackPagesArgs a{};
+  UnpackPagesArgs a{};
   a.format =
       parse_record_format(k_format, v_format, static_cast<int>(group), meta, arrangement, static_cast<int>(head_dim));
   SKVQ_CHECK(pages.dim() == 3, "pages has shape ", shape_of(pages),

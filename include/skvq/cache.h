@@ -130,4 +130,41 @@ struct QuantizeRowsArgs {
   float* decoded;       // [num_rows, num_channels], written by dequantize
 };
 
+// out[row, head, channel] = x[row, head, permutation[head, channel]], elements of 2 or 4 bytes.
+struct PermuteArgs {
+  const void* x;                    // [num_rows, num_heads, head_dim], contiguous
+  const std::int32_t* permutation;  // [num_heads, head_dim]
+  void* out;                        // like x
+  std::int64_t num_rows;
+  int num_heads, head_dim, element_bytes;
+};
+
+// Two partial attention results of the same queries into one.
+struct MergeArgs {
+  const void *out_a, *out_b;   // [rows, head_dim] of dtype
+  const float *lse_a, *lse_b;  // [rows]
+  void* out;
+  float* lse;
+  std::int64_t rows;
+  int head_dim;
+  DType dtype;
+};
+
+// Whole pages from and to places of one pool; no target is a source or occurs twice.
+struct CopyPagesArgs {
+  std::uint8_t* pages;  // [*, page_bytes]
+  const std::int32_t *source_ids, *target_ids;  // [count]
+  std::int64_t count, page_bytes;
+};
+
+// Both sides of the records of chosen pages as fp32 [num_pages, num_kv_heads, 64, head_dim].
+struct UnpackPagesArgs {
+  const std::uint8_t* pages;      // [*, num_kv_heads, record_bytes]
+  const std::int32_t* page_ids;   // [num_pages]
+  const std::int32_t* exponents;  // [num_kv_heads, 4]
+  RecordFormat format;
+  int num_pages, num_kv_heads;
+  float *k, *v;
+};
+
 }  // namespace skvq

@@ -10,7 +10,8 @@
 
 namespace skvq::test {
 
-inline constexpr ArrangementKind kArrangements[] = {ArrangementKind::kRows, ArrangementKind::kLanes};
+inline constexpr ArrangementKind kArrangements[] = {ArrangementKind::kRows, ArrangementKind::kLanes,
+                                                    ArrangementKind::kMma};
 inline const char* name(Side side) {
   return side == Side::kKey ? "K" : "V";
 }
