@@ -1,10 +1,10 @@
 // Time and memory traffic of append and decode_attention on the CPU. See --help.
 #include <cstdio>
-#include <fstream>
 #include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "json.h"
 #include "memory.h"
 #include "options.h"
 #include "subject.h"
@@ -14,6 +14,7 @@ namespace {
 
 struct Result {
   Case c;
+  int threads;
   Timing time;
   std::int64_t bytes;  // that a call must read and write
   std::size_t working_set, copies;
@@ -23,20 +24,6 @@ struct Result {
   double rate() const { return static_cast<double>(bytes) / time.min_s; }
   double percent() const { return 100.0 * rate() / bandwidth; }
 };
-
-// K and V: the new rows are read and stored once, rows that are packed now are read once more from ring or input, and
-// records are written.
-std::int64_t append_bytes(const Case& c) {
-  const std::int64_t tiles = packed_tiles(c.context + c.append_tokens, c.sinks, c.window) - c.tiles();
-  return 2 * c.row_bytes() * (2 * c.append_tokens + tiles * kTileTokens) + tiles * c.heads * c.format.record_bytes();
-}
-
-// Every record and every row in full precision once, queries and outputs.
-std::int64_t decode_bytes(const Case& c) {
-  const std::int64_t tail = c.context - c.tiles() * static_cast<std::int64_t>(kTileTokens);
-  return c.tiles() * static_cast<std::int64_t>(c.heads) * c.format.record_bytes() + 2 * c.row_bytes() * tail +
-         2 * c.row_bytes() * c.ratio;
-}
 
 Timing measure_append(const Case& c, const Options& o, Subjects& subjects) {
   return measure(
@@ -64,30 +51,21 @@ Timing measure_decode(const Case& c, const Options& o, Subjects& subjects) {
       [&](int) { cpu::decode_attention(args, kPool); });
 }
 
-Result run(const Case& c, const Options& o, double bandwidth) {
+Result run(const Case& c, const Options& o, int threads, double bandwidth) {
   const std::size_t working_set =
       o.working_set_mib > 0 ? std::size_t(o.working_set_mib) << 20 : 2 * last_level_cache_bytes();
   Subjects subjects(c, working_set);
   const bool append = c.op == "append";
   return {c,
+          threads,
           append ? measure_append(c, o, subjects) : measure_decode(c, o, subjects),
-          append ? append_bytes(c) : decode_bytes(c),
+          append ? append_bytes(c, c.context, c.append_tokens) : decode_bytes(c),
           subjects.bytes(),
           subjects.size(),
           bandwidth};
 }
 
-DType parse_dtype(const std::string& name) {
-  if (name == "f32") return DType::kF32;
-  if (name == "f16") return DType::kF16;
-  if (name == "bf16") return DType::kBf16;
-  throw std::invalid_argument(concat("--dtype \"", name, "\" is unknown; possible are f32, f16, bf16"));
-}
-
 void check(const Options& o) {
-  const auto require = [](bool ok, const char* message) {
-    if (!ok) throw std::invalid_argument(message);
-  };
   for (const auto& op : o.ops) require(op == "append" || op == "decode", "--op: possible are append and decode");
   for (const auto* axis : {&o.heads, &o.ratios, &o.threads}) {
     for (const int value : *axis) require(value > 0, "--heads, --ratio and --threads must be 1 or more");
@@ -99,23 +77,15 @@ void check(const Options& o) {
   require(o.repetitions > 0 && o.append_tokens > 0, "--reps and --append-tokens must be 1 or more");
 }
 
-// Calls f with every combination of one value of each axis, the last one changing fastest.
-template <class F>
-void each_combination(F&& f) {
-  f();
-}
-template <class F, class T, class... Axes>
-void each_combination(F&& f, const std::vector<T>& axis, const Axes&... rest) {
-  for (const T& value : axis) each_combination([&](const auto&... others) { f(value, others...); }, rest...);
-}
-
-std::vector<Case> cases(const Options& o, int threads) {
+std::vector<Case> cases(const Options& o) {
   std::vector<Case> all;
   const auto add = [&](const Scheme& scheme, int head_dim, int group, int heads, int ratio, int context,
                        const std::string& op) {
     const RecordFormat format = parse_record_format(scheme.k, scheme.v, group, o.meta, o.arrangement, head_dim);
-    all.push_back({op, scheme.k, scheme.v, group, head_dim, heads, ratio, context, threads, format,
-                   parse_dtype(o.dtype), o.append_tokens, o.window, o.sinks});
+    Case c{op,       scheme, group, head_dim, heads, ratio, context, format, parse_dtype(o.dtype), o.append_tokens,
+           o.window, o.sinks};
+    c.rollback = o.append_tokens;  // so that an append may be repeated from the same length
+    all.push_back(c);
   };
   each_combination(add, o.schemes, o.head_dims, o.groups, o.heads, o.ratios, o.contexts, o.ops);
   return all;
@@ -124,33 +94,50 @@ std::vector<Case> cases(const Options& o, int threads) {
 void print(const Result& r) {
   const Case& c = r.c;
   std::printf("%-6s  k%-8s v%-8s %5d %4d %5d %5d %8d %3d %5.0f x%-3zu %8.2f %10.1f %10.1f %7.2f %6.1f\n", c.op.c_str(),
-              c.k.c_str(), c.v.c_str(), c.group, c.head_dim, c.heads, c.ratio, c.context, c.threads,
+              c.scheme.k.c_str(), c.scheme.v.c_str(), c.group, c.head_dim, c.heads, c.ratio, c.context, r.threads,
               static_cast<double>(r.working_set) / (1 << 20), r.copies, static_cast<double>(r.bytes) / 1e6,
               r.time.min_s * 1e6, r.time.median_s * 1e6, r.rate() / 1e9, r.percent());
   std::fflush(stdout);
 }
 
-void write_json(const std::string& path, const Options& o, const std::vector<Result>& results) {
-  std::ofstream out(path);
-  if (!out) throw std::runtime_error(concat("cannot write ", path, ": is its folder there?"));
-  out << "{\"isa\": \"" << cpu::kernels().isa << "\", \"last_level_cache_bytes\": " << last_level_cache_bytes()
-      << ", \"dtype\": \"" << o.dtype << "\", \"meta\": \"" << o.meta << "\", \"arrangement\": \"" << o.arrangement
-      << "\", \"window\": " << o.window << ", \"sinks\": " << o.sinks << ", \"append_tokens\": " << o.append_tokens
-      << ", \"warmup\": " << o.warmup << ", \"repetitions\": " << o.repetitions << ", \"results\": [";
-  const char* separator = "\n  ";
-  for (const Result& r : results) {
-    const Case& c = r.c;
-    out << separator << "{\"op\": \"" << c.op << "\", \"k\": \"" << c.k << "\", \"v\": \"" << c.v
-        << "\", \"group\": " << c.group << ", \"head_dim\": " << c.head_dim << ", \"num_kv_heads\": " << c.heads
-        << ", \"ratio\": " << c.ratio << ", \"context\": " << c.context << ", \"threads\": " << c.threads
-        << ", \"record_bytes\": " << c.format.record_bytes() << ", \"working_set_bytes\": " << r.working_set
-        << ", \"caches\": " << r.copies << ", \"bytes\": " << r.bytes << ", \"min_s\": " << r.time.min_s
-        << ", \"median_s\": " << r.time.median_s << ", \"bytes_per_s\": " << r.rate()
-        << ", \"read_bandwidth_bytes_per_s\": " << r.bandwidth << ", \"percent_of_read_bandwidth\": " << r.percent()
-        << "}";
-    separator = ",\n  ";
-  }
-  out << "\n]}\n";
+Json to_json(const Result& r) {
+  const Case& c = r.c;
+  return Json()
+      .add("op", c.op)
+      .add("k", c.scheme.k)
+      .add("v", c.scheme.v)
+      .add("group", c.group)
+      .add("head_dim", c.head_dim)
+      .add("num_kv_heads", c.heads)
+      .add("ratio", c.ratio)
+      .add("context", c.context)
+      .add("threads", r.threads)
+      .add("record_bytes", c.format.record_bytes())
+      .add("working_set_bytes", r.working_set)
+      .add("caches", r.copies)
+      .add("bytes", r.bytes)
+      .add("min_s", r.time.min_s)
+      .add("median_s", r.time.median_s)
+      .add("bytes_per_s", r.rate())
+      .add("read_bandwidth_bytes_per_s", r.bandwidth)
+      .add("percent_of_read_bandwidth", r.percent());
+}
+
+void write_json(const Options& o, const std::vector<Result>& results) {
+  std::vector<Json> rows;
+  for (const Result& r : results) rows.push_back(to_json(r));
+  write_json(o.json, Json()
+                         .add("isa", cpu::kernels().isa)
+                         .add("last_level_cache_bytes", last_level_cache_bytes())
+                         .add("dtype", o.dtype)
+                         .add("meta", o.meta)
+                         .add("arrangement", o.arrangement)
+                         .add("window", o.window)
+                         .add("sinks", o.sinks)
+                         .add("append_tokens", o.append_tokens)
+                         .add("warmup", o.warmup)
+                         .add("repetitions", o.repetitions)
+                         .add("results", rows));
 }
 
 void run_all(const Options& o) {
@@ -160,18 +147,18 @@ void run_all(const Options& o) {
               o.meta.c_str(), o.arrangement.c_str(), o.repetitions);
   std::vector<Result> results;
   for (const int threads : o.threads) {
-    const std::vector<Case> planned = cases(o, threads);
+    const std::vector<Case> planned = cases(o);
     ThreadPool::instance().resize(threads);
     const double bandwidth = read_bandwidth(o.repetitions);
     std::printf("\nread bandwidth on %d thread%s: %.2f GB/s\n", threads, threads == 1 ? "" : "s", bandwidth / 1e9);
     std::printf("%-6s  %-9s %-9s %5s %4s %5s %5s %8s %3s %10s %8s %10s %10s %7s %6s\n", "op", "K", "V", "group", "dim",
                 "heads", "ratio", "context", "thr", "MiB set", "MB moved", "min us", "median us", "GB/s", "% read");
     for (const Case& c : planned) {
-      results.push_back(run(c, o, bandwidth));
+      results.push_back(run(c, o, threads, bandwidth));
       print(results.back());
     }
   }
-  if (!o.json.empty()) write_json(o.json, o, results);
+  if (!o.json.empty()) write_json(o, results);
 }
 
 }  // namespace

@@ -7,25 +7,12 @@
 #include <string>
 #include <vector>
 
+#include "case.h"
 #include "core/minifloat.h"
-#include "core/window.h"
 #include "cpu/cpu.h"
 #include "thread_pool.h"
 
 namespace skvq::bench {
-
-struct Case {
-  std::string op, k, v;
-  int group, head_dim, heads, ratio, context, threads;
-  RecordFormat format;
-  DType dtype;
-  int append_tokens, window, sinks;
-
-  // Tokens a ring must hold beside window and tile so that an append may be repeated from the same length.
-  int rollback() const { return append_tokens; }
-  int tiles() const { return packed_tiles(context, sinks, window); }
-  std::int64_t row_bytes() const { return static_cast<std::int64_t>(heads) * head_dim * dtype_bytes(dtype); }
-};
 
 inline std::vector<std::uint8_t> random_rows(std::size_t elements, DType dtype) {
   std::mt19937 generator(1);
@@ -48,7 +35,7 @@ class Subject {
     view.head_dim = c.head_dim;
     view.num_sinks = c.sinks;
     view.window = c.window;
-    view.ring_slots = ring_slots(c.window, c.rollback());
+    view.ring_slots = ring_slots(c.window, c.rollback);
     view.dtype = c.dtype;
     pages_.resize(static_cast<std::size_t>(max_pages_) * c.heads * c.format.record_bytes());
     for (int i = 0; i < max_pages_; ++i) page_table_.push_back(i);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 #include <vector>
 
 namespace skvq::bench {
@@ -10,6 +11,12 @@ namespace skvq::bench {
 struct Timing {
   double min_s, median_s;
 };
+
+inline Timing summarize(std::vector<double> samples) {
+  std::sort(samples.begin(), samples.end());
+  const std::size_t n = samples.size();
+  return {samples[0], 0.5 * (samples[(n - 1) / 2] + samples[n / 2])};
+}
 
 // `body(i)` is called with i = 0, 1, 2, ..., warm-up included, so that it can rotate over buffers; `prepare(i)` runs
 // before it and outside the clock.
@@ -24,9 +31,7 @@ Timing measure(int warmup, int repetitions, Prepare&& prepare, Body&& body) {
     const std::chrono::duration<double> elapsed = Clock::now() - start;
     if (i >= warmup) samples.push_back(elapsed.count());
   }
-  std::sort(samples.begin(), samples.end());
-  const std::size_t n = samples.size();
-  return {samples[0], 0.5 * (samples[(n - 1) / 2] + samples[n / 2])};
+  return summarize(std::move(samples));
 }
 
 }  // namespace skvq::bench
