@@ -16,10 +16,8 @@
 #define SIMT_TSAN 1
 #include <sanitizer/tsan_interface.h>
 extern "C" {
-void __tsan_func_entry(void* caller);
-void __tsan_func_exit(void* unused);  // GCC's idea of the signature
-void __tsan_read_range(void* address, long bytes);
-void __tsan_write_range(void* address, long bytes);
+void __tsan_read_range_pc(void* address, unsigned long bytes, void* caller);
+void __tsan_write_range_pc(void* address, unsigned long bytes, void* caller);
 void AnnotateIgnoreReadsBegin(const char* file, int line);
 void AnnotateIgnoreReadsEnd(const char* file, int line);
 void AnnotateIgnoreWritesBegin(const char* file, int line);
@@ -86,17 +84,13 @@ SIMT_RUNTIME inline void acquire([[maybe_unused]] void* token) {
 SIMT_RUNTIME inline void saw_read([[maybe_unused]] const void* p, [[maybe_unused]] std::size_t bytes,
                                   [[maybe_unused]] void* caller) {
 #if SIMT_TSAN
-  __tsan_func_entry(caller);
-  __tsan_read_range(const_cast<void*>(p), static_cast<long>(bytes));
-  __tsan_func_exit(nullptr);
+  __tsan_read_range_pc(const_cast<void*>(p), bytes, caller);
 #endif
 }
 SIMT_RUNTIME inline void saw_write([[maybe_unused]] void* p, [[maybe_unused]] std::size_t bytes,
                                    [[maybe_unused]] void* caller) {
 #if SIMT_TSAN
-  __tsan_func_entry(caller);
-  __tsan_write_range(p, static_cast<long>(bytes));
-  __tsan_func_exit(nullptr);
+  __tsan_write_range_pc(p, bytes, caller);
 #endif
 }
 #define SIMT_CALLER __builtin_return_address(0)
