@@ -39,6 +39,10 @@ inline std::vector<int> parse_numbers(std::string_view option, std::string_view 
   return values;
 }
 
+inline void require(bool ok, const char* message) {
+  if (!ok) throw std::invalid_argument(message);
+}
+
 // The options of a program and where their values go. What is bound must outlive `parse`.
 class Arguments {
  public:

@@ -38,10 +38,6 @@ inline DType parse_dtype(const std::string& name) {
   throw std::invalid_argument(concat("--dtype \"", name, "\" is unknown; possible are f32, f16, bf16"));
 }
 
-inline void require(bool ok, const char* message) {
-  if (!ok) throw std::invalid_argument(message);
-}
-
 struct Case {
   std::string op;
   Scheme scheme;
