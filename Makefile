@@ -4,7 +4,8 @@
 #
 # PYTHON=python3.12   the interpreter to make .venv from (3.10 or newer)
 # TORCH=torch==2.13.0 what to hand to pip for PyTorch, with options such as --index-url where you want another build
-# SKVQ_CUDA=0|1|auto  which backends to build (see setup.py)
+# SKVQ_CUDA=0|1|auto  which backends to build (see setup.py); auto compiles the CUDA kernels for all GPUs where nvcc is,
+#                     which takes minutes: TORCH_CUDA_ARCH_LIST=9.0 builds for one, SKVQ_CUDA=0 for the CPU alone
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -77,7 +78,7 @@ $(VENV)/.torch: $(VENV)/.made
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(BUILD_FILES)
-	$(say) "skvq_ext and what it needs (log: $(LOG))"
+	$(say) "skvq_ext and what it needs (log: $(LOG); CUDA kernels: build/cuda.log)"
 	@mkdir -p build
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -v --no-build-isolation -e ".[gguf]" > $(LOG) 2>&1 \
 	  || { tail -n 60 $(LOG); exit 1; }

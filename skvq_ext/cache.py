@@ -9,7 +9,8 @@ from torch import Tensor
 
 from skvq_ext.door import Door
 from skvq_ext.geometry import Geometry
-from skvq_ext.layer_cache import LayerCache, memory
+from skvq_ext.layer_cache import LayerCache
+from skvq_ext.memory import memory
 from skvq_ext.plan import Plan
 from skvq_ext.ragged import Ragged
 from skvq_ext.scheme import Scheme
@@ -42,9 +43,11 @@ class SkvqCache:
         sliding_window: int | Sequence[int] = 0,
     ) -> None:
         """Args: plan from calibration, None = Hadamard and a fixed clip; dtype float32, float16 or
-        bfloat16, of k, v, q, sinks and window; max_len, tokens per sequence to allocate for at
-        once, None = grow as needed; sliding_window, tokens a query sees, 0 = all, or one per layer.
-        Raises: ValueError where scheme, plan and sizes do not fit together."""
+        bfloat16 (on CUDA one of the last two), of k, v, q, sinks and window; max_len, tokens per
+        sequence to allocate for at once, None = grow as needed; sliding_window, tokens a query
+        sees, 0 = all, or one per layer.
+        Raises: ValueError where scheme, plan and sizes do not fit together, or the device has no
+        kernel for scheme and dtype."""
         windows = (
             [sliding_window] * num_layers if isinstance(sliding_window, int) else sliding_window
         )
@@ -121,6 +124,19 @@ class SkvqCache:
             layer.check_crop(lengths)
         for layer, lengths in zip(self.layers, cut, strict=True):
             layer.crop(lengths)
+
+    def to(self, device: torch.device | str) -> SkvqCache:
+        """Moves the cache to a device; packed pages are repacked where another arrangement is read.
+
+        Everything lies at new addresses afterwards: graphs captured before must be captured again.
+        Returns: itself. Raises: ValueError where the device has no kernel for scheme and dtype.
+        """
+        old = {id(layer.door): layer.door for layer in self.layers}  # layers may share one
+        moved: dict[int, Tensor] = {}  # and doors their Hadamard matrices
+        new = {key: door.to(device, moved) for key, door in old.items()}
+        for layer in self.layers:
+            layer.to(device, new[id(layer.door)])
+        return self
 
     def reset(self) -> None:
         """Empties the cache."""

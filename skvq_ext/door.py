@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -75,6 +76,14 @@ class _Map:
         """The matrices that all maps of these bands have in common."""
         return [m for m in (self.rotation, self.back) if m is not None and m.dim() == 2]
 
+    def to(self, device: torch.device, moved: dict[int, Tensor]) -> _Map:
+        """The same tables on a device; `moved` holds those that are there already, by id."""
+
+        def move(table: Tensor | None) -> Tensor | None:
+            return None if table is None else moved.setdefault(id(table), table.to(device))
+
+        return _Map(*(move(table) for table in vars(self).values()))
+
     def tensors(self) -> list[Tensor]:
         """What this map keeps in memory."""
         parts = (self.permutation, self.shift, self.scale, self.inverse, self.rotation, self.back)
@@ -102,6 +111,14 @@ class Door:
             )
         self._k = _Map.build(plan.k, torch.device(device))
         self._v = _Map.build(plan.v, torch.device(device))
+
+    def to(self, device: torch.device | str, moved: dict[int, Tensor] | None = None) -> Door:
+        """The same door on a device; doors moved with one dict go on sharing what they share."""
+        moved = {} if moved is None else moved
+        there = copy(self)
+        there._k = self._k.to(torch.device(device), moved)
+        there._v = self._v.to(torch.device(device), moved)
+        return there
 
     def map_k(self, k: Tensor) -> Tensor:
         """k [num_tokens, num_kv_heads, head_dim] into the cache's space."""

@@ -48,7 +48,7 @@ def _quantize_pack(
     scale_exponent: int = 0,
     zero_exponent: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    _same_device(x, group_start, clip)
+    _same_device(x, clip)  # group_start is always on the CPU
     # The bytes of a row depend on the group sizes, which are data.
     row_bytes = torch.library.get_ctx().new_dynamic_size(min=1)
     metas = x.new_empty((x.shape[0], group_start.shape[0] - 1, 2), dtype=_META_DTYPES[meta])
@@ -65,7 +65,7 @@ def _dequantize_unpack(
     scale_exponent: int = 0,
     zero_exponent: int = 0,
 ) -> Tensor:
-    _same_device(codes, meta, group_start)
+    _same_device(codes, meta)
     channels = torch.library.get_ctx().new_dynamic_size(min=1)
     return codes.new_empty((codes.shape[0], channels), dtype=torch.float32)
 
@@ -83,6 +83,14 @@ def _decode_attention(
 ) -> tuple[Tensor, Tensor]:
     _same_device(q, cu_seqlens_q, *cache)
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("skvq::decode_workspace_bytes")
+def _decode_workspace_bytes(
+    q: Tensor, cu_seqlens_q: Tensor | None, *cache: Tensor, **_options: object
+) -> int | torch.SymInt:
+    _same_device(q, cu_seqlens_q, *cache)
+    return torch.library.get_ctx().new_dynamic_size(min=0)  # depends on the device, too
 
 
 @torch.library.register_fake("skvq::merge_states")
@@ -106,3 +114,8 @@ def _unpack_pages(
     tile = int(ops.format_table()["tile_tokens"])
     shape = (page_ids.shape[0], pages.shape[1], tile, head_dim)
     return pages.new_empty(shape, dtype=torch.float32), pages.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("skvq::repack_pages")
+def _repack_pages(pages: Tensor, **_format: object) -> Tensor:
+    return torch.empty_like(pages)

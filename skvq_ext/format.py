@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
+
+import torch
 
 from skvq_ext import ops
 
 TILE_TOKENS = int(ops.format_table()["tile_tokens"])
 """Tokens of a tile and of a page."""
+
+
+@lru_cache(maxsize=16)
+def default_arrangement(device: torch.device | str = "cpu") -> str:
+    """The arrangement that attention on a device is made for; elsewhere the CPU's."""
+    arrangements: dict[str, str] = ops.build_info()["arrangements"]
+    return arrangements.get(torch.device(device).type, arrangements["cpu"])
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,8 @@ class RecordFormat:
             inside a band and the last one of a band may be shorter.
         meta: type of scale and zero, "fp8" or "fp16".
         head_dim: channels of a head.
-        arrangement: "lanes" (vector units) or "rows" (readable).
+        arrangement: "lanes" (vector units of a CPU), "mma" (tensor cores of a GPU) or "rows" (readable); see
+            `default_arrangement`.
 
     Raises:
         ValueError: something is not supported; the message names what is.
@@ -33,7 +43,7 @@ class RecordFormat:
     group: int
     meta: str
     head_dim: int
-    arrangement: str = "lanes"
+    arrangement: str = field(default_factory=default_arrangement)
 
     def __post_init__(self) -> None:
         ops.describe_record(self.args, self.head_dim)

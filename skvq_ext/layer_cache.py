@@ -7,14 +7,14 @@ of 64 tokens. K and V enter through the layer's door, q and the output take the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from skvq_ext import ops
 from skvq_ext.door import Door, token_share
-from skvq_ext.format import TILE_TOKENS
+from skvq_ext.format import TILE_TOKENS, RecordFormat
 from skvq_ext.pages import NO_PAGE, PageChange, PagePool, grown, packed_tiles
 from skvq_ext.plan import LayerPlan
 from skvq_ext.ragged import Ragged
@@ -46,12 +46,13 @@ class LayerCache:
         sliding_window: int = 0,
         door: Door | None = None,
     ) -> None:
-        """Args: plan of this layer; num_q_heads; dtype of sinks and window; max_len, tokens each
-        sequence can hold, None = no limit; sliding_window, tokens a query sees, 0 = all; door, if
-        one was built from this plan already."""
+        """Args: plan of this layer; num_q_heads; dtype of sinks and window, on CUDA float16 or
+        bfloat16; max_len, tokens each sequence can hold, None = no limit; sliding_window, tokens a
+        query sees, 0 = all; door, if one was built from this plan already.
+        Raises: ValueError where the device has no kernel for the scheme and dtype."""
         num_kv_heads, head_dim = plan.k.permutation.shape
         self.scheme, self.max_len, self.sliding_window = scheme, max_len, sliding_window
-        self.format = scheme.record_format(head_dim)
+        self.format = self._format_for(device, dtype, head_dim)
         self.door = Door(plan, num_q_heads, device) if door is None else door
         self._pool = PagePool(batch_size) if max_len is None else None
         self._lengths = [0] * batch_size
@@ -207,12 +208,37 @@ class LayerCache:
         else:
             self._replace(**taken)
 
+    @_NORMAL
+    def to(self, device: torch.device | str, door: Door | None = None) -> LayerCache:
+        """Moves everything to a device, packed pages in the arrangement that is read there.
+
+        Args: door, if this layer's is there already. Returns: itself.
+        Raises: ValueError where the device has no kernel for the scheme and dtype.
+        """
+        t, old = self.tensors, self.format
+        new = self._format_for(device, t.ring_k.dtype, old.head_dim)
+        pages = t.pages
+        if new != old:
+            pages = ops.repack_pages(pages.cpu(), old.args, old.head_dim, new.arrangement)
+        moved = ops.CacheTensors(*(x.to(device) for x in t._replace(pages=pages)))
+        self.door = self.door.to(device) if door is None else door
+        self.format, self.tensors = new, moved
+        return self
+
     def full_precision_bytes(self) -> int:
         """Bytes that rows of the cache's dtype would take for what this layer holds."""
         rows = self.tensors.ring_k
         limit = self.sliding_window or max(self.lengths, default=0)
         tokens = sum(min(n, limit) for n in self.lengths)
         return 2 * tokens * rows.shape[2] * rows.shape[3] * rows.element_size()
+
+    def _format_for(
+        self, device: torch.device | str, dtype: torch.dtype, head_dim: int
+    ) -> RecordFormat:
+        record = self.scheme.record_format(head_dim, device)
+        if torch.device(device).type != "meta":  # where sizes are all that counts
+            ops.check_decode_format(record.args, head_dim, dtype, device)
+        return record
 
     @property
     def _ring(self) -> int:
@@ -326,40 +352,3 @@ class LayerCache:
                 "before appending, with queries_in_cache=False, and merge with attention among "
                 "the new tokens (ops.merge_states)."
             )
-
-
-_PARTS = {
-    "pages": "pages",
-    "page_table": "page_table",
-    "sink_k": "sinks",
-    "sink_v": "sinks",
-    "ring_k": "ring",
-    "ring_v": "ring",
-    "kv_len": "lengths",
-    "k_clip": "plan",
-    "v_clip": "plan",
-    "exponents": "plan",
-}
-
-
-def memory(layers: Iterable[LayerCache]) -> dict[str, int]:
-    """Bytes by part, from the allocator: whole storages, each counted once.
-
-    Returns: "pages", "page_table", "sinks", "ring", "lengths", "plan" (tables of the doors, clip,
-    exponents), their "total", and "full_precision": what rows of the cache's dtype would take for
-    the same lengths.
-    """
-    parts = dict.fromkeys(_PARTS.values(), 0)
-    seen: set[int] = set()
-    doors: dict[int, int] = {}
-    full_precision = 0
-    for layer in layers:
-        full_precision += layer.full_precision_bytes()
-        doors[id(layer.door)] = layer.door.nbytes()
-        for name, tensor in layer.tensors._asdict().items():
-            storage = tensor.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                parts[_PARTS[name]] += storage.nbytes()
-    parts["plan"] += sum(doors.values())
-    return parts | {"total": sum(parts.values()), "full_precision": full_precision}

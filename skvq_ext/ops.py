@@ -29,7 +29,8 @@ class FormatArgs(NamedTuple):
 
 
 class CacheTensors(NamedTuple):
-    """The tensors of one layer's cache, all on one device and contiguous.
+    """The tensors of one layer's cache, all on one device and contiguous; on CUDA pages and rows start
+    at multiples of 16 bytes, as everything does that PyTorch allocates.
 
     pages: uint8 [num_pages, num_kv_heads, record_bytes], the packed records.
     page_table: int32 [batch, max_pages], page of each tile of a sequence, -1 where there is none.
@@ -67,6 +68,9 @@ def append(
     Any number of tokens per sequence and call; the bytes do not depend on how tokens are cut into calls.
     A NaN or infinity makes its own group of its own token read back as NaN and touches nothing else.
 
+    Contents of tensors on a GPU are not checked, since the host would have to wait for them: there a tile
+    that has no page is dropped, and cu_seqlens, clip and exponents are taken as they are.
+
     Args:
         k, v: [num_tokens, num_kv_heads, head_dim] in the cache's dtype; tokens of sequence b are rows
             cu_seqlens[b] to cu_seqlens[b + 1] - 1.
@@ -78,18 +82,7 @@ def append(
     Raises:
         ValueError: a tensor does not fit, or a tile that is complete has no page; nothing is written then.
     """
-    _ops.append(
-        k,
-        v,
-        cu_seqlens,
-        *cache,
-        k_format=fmt.k_format,
-        v_format=fmt.v_format,
-        group=fmt.group,
-        meta=fmt.meta,
-        arrangement=fmt.arrangement,
-        window=window,
-    )
+    _ops.append(k, v, cu_seqlens, *cache, **fmt._asdict(), window=window)
 
 
 def decode_attention(
@@ -106,6 +99,7 @@ def decode_attention(
     softcap: float = 0.0,
     queries_in_cache: bool = True,
     exact: bool = True,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over sinks, packed pages and window in one softmax.
 
@@ -114,40 +108,66 @@ def decode_attention(
     steps. Without, the queries come right after the cached tokens and see all of them.
 
     Args:
-        q: [num_tokens, num_q_heads, head_dim], float32, float16 or bfloat16; num_q_heads is a multiple of the
-            number of KV heads, and query head h reads KV head h // (num_q_heads / num_kv_heads).
+        q: [num_tokens, num_q_heads, head_dim], float32, float16 or bfloat16, on CUDA the cache's dtype, one
+            of the last two; num_q_heads is a multiple of the number of KV heads, and query head h reads KV
+            head h // (num_q_heads / num_kv_heads).
         cu_seqlens_q, cache, fmt, window: as given to `append`.
         softmax_scale: factor of q . k.
         learned_sinks: float32 [num_q_heads], a logit per head that takes probability and gives no value.
         logit_shift: float32 [num_tokens, num_q_heads], added to every logit before softcap.
         sliding_window: tokens a query sees, itself included; 0 for all.
         softcap: c of c * tanh(logit / c); 0 for none.
-        exact: read packed tiles in float32. False: multiply codes with queries and probabilities
-            rounded to 7 or 14 bits, several times faster, an error of 2 to 3 % of that of the codes.
+        exact: on the CPU read packed tiles in float32. False: multiply codes with queries and probabilities
+            rounded to 7 or 14 bits, several times faster, an error of 2 to 3 % of that of the codes. On CUDA
+            both are the same: tensor-core products of halves, summed in float32, with exact codes and
+            queries and probabilities rounded to 11 bits.
+        workspace: uint8 [decode_workspace_bytes(...)], scratch memory for CUDA; None: allocated here.
 
     Returns:
         out like q, and lse float32 [num_tokens, num_q_heads], the natural logarithm of the softmax
         denominator (learned sinks included). A query that sees nothing gives 0 and minus infinity.
 
     Raises:
-        ValueError: a tensor or number does not fit.
+        ValueError: a tensor or number does not fit, or on CUDA no kernel was built for the format. As in
+            `append`, contents are checked on the CPU only; a page that is not there reads as no tokens.
     """
-    out, lse = _ops.decode_attention(
-        q,
-        cu_seqlens_q,
-        *cache[:7],
-        cache.exponents,
-        learned_sinks,
-        logit_shift,
-        **fmt._asdict(),
-        window=window,
-        softmax_scale=softmax_scale,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        queries_in_cache=queries_in_cache,
-        exact=exact,
-    )
+    tensors = *cache[:7], cache.exponents, learned_sinks, logit_shift, workspace
+    options: dict[str, object] = {"window": window, "softmax_scale": softmax_scale}
+    options |= {"sliding_window": sliding_window, "softcap": softcap}
+    options |= {"queries_in_cache": queries_in_cache, "exact": exact}
+    out, lse = _ops.decode_attention(q, cu_seqlens_q, *tensors, **fmt._asdict(), **options)
     return out, lse
+
+
+def decode_workspace_bytes(
+    q: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cache: CacheTensors,
+    fmt: FormatArgs,
+    *,
+    window: int,
+    sliding_window: int = 0,
+) -> int:
+    """Bytes of scratch memory that `decode_attention` needs for these arguments, 0 on the CPU.
+
+    Depends on shapes and the device only: one workspace serves every step of a batch, and one layer after
+    the other on the same stream.
+    """
+    tensors = *cache[:7], cache.exponents
+    options = {"window": window, "sliding_window": sliding_window}
+    return int(_ops.decode_workspace_bytes(q, cu_seqlens_q, *tensors, **fmt._asdict(), **options))
+
+
+def check_decode_format(
+    fmt: FormatArgs, head_dim: int, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Raise what `decode_attention` would raise for this format and dtype of rows on a device.
+
+    Raises:
+        ValueError: no kernel was built for it; the message says for what there are kernels.
+        RuntimeError: this build has no kernels for the device at all.
+    """
+    _ops.check_decode_format(*fmt, head_dim, dtype, torch.device(device).type)
 
 
 def merge_states(
@@ -171,9 +191,25 @@ def copy_pages(pages: Tensor, source_ids: Tensor, target_ids: Tensor) -> None:
 
     Args:
         pages: uint8 [num_pages, num_kv_heads, record_bytes], written in place.
-        source_ids, target_ids: int32 [n]; no target may occur twice or be a source.
+        source_ids, target_ids: int32 [n]; no target may occur twice or be a source (checked on the CPU only;
+            on CUDA the result is undefined then, and ids that are no pages are skipped).
     """
     _ops.copy_pages(pages, source_ids, target_ids)
+
+
+def repack_pages(pages: Tensor, fmt: FormatArgs, head_dim: int, arrangement: str) -> Tensor:
+    """Pages in another arrangement, for another device: the same codes, scales and zeros.
+
+    Args:
+        pages: as in `CacheTensors`; on CUDA they travel to the CPU and back. fmt: their format.
+        arrangement: the one they are wanted in.
+
+    Returns:
+        like pages.
+    """
+    options = {**fmt._asdict(), "target": arrangement, "head_dim": head_dim}
+    result: Tensor = _ops.repack_pages(pages.cpu(), **options)
+    return result.to(pages.device)
 
 
 def unpack_pages(
@@ -182,10 +218,7 @@ def unpack_pages(
     """Read pages back as numbers, for tests and inspection.
 
     Args:
-        pages: uint8 [num_pages, num_kv_heads, record_bytes].
-        page_ids: int32 [n].
-        exponents: int32 [num_kv_heads, 4].
-        fmt: format of the pages.
+        pages, exponents: as in `CacheTensors`. page_ids: int32 [n]. fmt: format of the pages.
 
     Returns:
         k and v, float32 [n, num_kv_heads, 64, head_dim].
@@ -280,7 +313,8 @@ def quantize_pack(
 
     Args:
         x: [tokens, channels], float32, float16 or bfloat16.
-        group_start: int32 [groups + 1], first channel of each group, then the number of channels.
+        group_start: int32 [groups + 1], first channel of each group, then the number of channels. Always on
+            the CPU: it decides the sizes of the results.
         clip: float32 [groups] in (0, 1], or None for 1.
         code: "8", "4", "3", "2", "1.5" (5 trits a byte) or "1.5fast" (trits in 2-bit fields).
         meta: "fp8" (E4M3) or "fp16", type of scale and zero.
@@ -344,6 +378,8 @@ def describe_record(fmt: FormatArgs, head_dim: int) -> dict[str, Any]:
 
 
 def build_info() -> dict[str, Any]:
-    """What was built and what runs: version, compiler, CUDA (None here), CPU instruction sets and the chosen one."""
+    """What was built and what runs: version, compiler, CPU instruction sets and the chosen one, the
+    arrangement each device is made for, and of CUDA (None where it was not built) "archs" and "instances",
+    the formats with a decode kernel."""
     info: dict[str, Any] = json.loads(_ops.build_info())
     return info

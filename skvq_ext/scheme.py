@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from skvq_ext.format import RecordFormat
 
 TRANSFORMS = ("centre", "balance", "hadamard")
@@ -118,11 +120,13 @@ class Scheme:
             parts.append(f"clip{self.clip!r}")
         return "-".join(parts)
 
-    def record_format(self, head_dim: int) -> RecordFormat:
-        """The record of one KV head and 64 tokens; the C++ definition checks that it exists."""
-        from skvq_ext.format import RecordFormat
+    def record_format(self, head_dim: int, device: torch.device | str = "cpu") -> RecordFormat:
+        """The record of one KV head and 64 tokens, arranged for a device; the C++ definition checks
+        that it exists."""
+        from skvq_ext.format import RecordFormat, default_arrangement
 
-        return RecordFormat(k=self.k, v=self.v, group=self.group, meta=self.meta, head_dim=head_dim)
+        arrangement = default_arrangement(device)
+        return RecordFormat(self.k, self.v, self.group, self.meta, head_dim, arrangement)
 
     def differences(self, other: Scheme) -> list[str]:
         """What makes a plan of `other` useless for this scheme, one line per field.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,31 +49,65 @@ def toolkit(tmp_path: Path) -> Path:
 def test_cuda_is_chosen_by_toolkit_and_switch(build: ModuleType, toolkit: Path) -> None:
     home, nothing = {"CUDA_HOME": str(toolkit), "PATH": ""}, {"PATH": ""}
     on_path = {"PATH": str(toolkit / "bin")}
-    assert build.decide_cuda(home, True)[0]
-    assert build.decide_cuda(on_path, True)[0]
-    assert build.decide_cuda(home | {"SKVQ_CUDA": "1"}, True)[0]
-    assert build.decide_cuda(home | {"SKVQ_CUDA": "0"}, True) == (False, "SKVQ_CUDA=0")
-    assert build.decide_cuda(nothing, True) == (False, "no nvcc in PATH (CUDA_HOME is not set)")
+    found = f"nvcc at {toolkit}/bin/nvcc"
+    assert build.decide_cuda(home) == build.decide_cuda(on_path) == ("AUTO", found)
+    assert build.decide_cuda(home | {"SKVQ_CUDA": "1"}) == ("ON", found)
+    assert build.decide_cuda(home | {"SKVQ_CUDA": "0"}) == ("OFF", "SKVQ_CUDA=0")
+    assert build.decide_cuda(nothing) == ("OFF", "no nvcc in PATH (CUDA_HOME is not set)")
 
 
 def test_a_broken_cuda_home_is_not_papered_over(build: ModuleType, toolkit: Path) -> None:
     """CUDA_HOME without nvcc does not fall back to whatever nvcc PATH may offer."""
     env = {"CUDA_HOME": "/nowhere", "PATH": str(toolkit / "bin")}
-    assert build.decide_cuda(env, True) == (False, "no nvcc in CUDA_HOME=/nowhere")
+    assert build.decide_cuda(env) == ("OFF", "no nvcc in CUDA_HOME=/nowhere")
     with pytest.raises(SystemExit, match="there is no nvcc in CUDA_HOME=/nowhere"):
-        build.decide_cuda(env | {"SKVQ_CUDA": "1"}, True)
+        build.decide_cuda(env | {"SKVQ_CUDA": "1"})
 
 
-def test_asking_for_cuda_fails_loudly(build: ModuleType, toolkit: Path) -> None:
-    home = {"CUDA_HOME": str(toolkit), "PATH": ""}
+def test_asking_for_cuda_fails_loudly(build: ModuleType) -> None:
     with pytest.raises(SystemExit, match="no nvcc in PATH"):
-        build.decide_cuda({"SKVQ_CUDA": "1", "PATH": ""}, True)
-    with pytest.raises(SystemExit, match="no CUDA kernels yet"):
-        build.decide_cuda(home | {"SKVQ_CUDA": "1"}, False)
+        build.decide_cuda({"SKVQ_CUDA": "1", "PATH": ""})
     with pytest.raises(SystemExit, match="use 0, 1 or auto"):
-        build.decide_cuda(home | {"SKVQ_CUDA": "yes"}, True)
-    built, reason = build.decide_cuda(home, False)
-    assert not built and "no CUDA kernels yet" in reason
+        build.decide_cuda({"SKVQ_CUDA": "yes", "PATH": ""})
+
+
+def configure(folder: Path, cuda: str, **environment: str) -> tuple[int, str]:
+    """Exit status and output of CMake for a build without torch."""
+    words = ["cmake", "-S", ROOT, "-B", folder, f"-DSKVQ_CUDA={cuda}", "-DSKVQ_TORCH=OFF"]
+    bin_folder = str(Path(sys.executable).parent)
+    path = os.pathsep.join([bin_folder, os.environ.get("PATH", "")])
+    env = {**os.environ, "PATH": path, **environment}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_toolkit_that_cannot_compile(toolkit: Path, tmp_path: Path) -> None:
+    """AUTO says why and builds for the CPU; ON is an error."""
+    (toolkit / "bin" / "nvcc").write_text("#!/bin/sh\necho 'error: no cuda_runtime.h'\nexit 1\n")
+    home = {"CUDA_HOME": str(toolkit), "CUDACXX": str(toolkit / "bin" / "nvcc")}
+    status, output = configure(tmp_path / "auto", "AUTO", **home)
+    assert status == 0
+    why = "nvcc cannot build a program (error: no cuda_runtime.h; all of it in"
+    assert "skvq: no CUDA kernels in this build: " in output and why in output
+    status, output = configure(tmp_path / "on", "ON", **home)
+    assert status != 0
+    assert "SKVQ_CUDA=ON, but" in output and "error: no cuda_runtime.h" in output
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
+@pytest.mark.parametrize(
+    ("wanted", "built"),
+    [
+        ("9.0", "skvq: CUDA kernels for 90-real, by nvcc"),
+        ("7.0 8.0,9.0+PTX", "skvq: CUDA kernels for 80-real, 90-real, 90-virtual, by nvcc"),
+        ("7.0 8.0,9.0+PTX", "skvq: not built for 70-real: unknown to this nvcc, or older than 80"),
+        ("7.5", "can compile for none of 75-real"),
+        ("Hopper", 'TORCH_CUDA_ARCH_LIST holds "Hopper"; write compute capabilities'),
+    ],
+)
+def test_architectures_are_those_torch_would_take(tmp_path: Path, wanted: str, built: str) -> None:
+    _, output = configure(tmp_path, "ON", TORCH_CUDA_ARCH_LIST=wanted)
+    assert built in re.sub(r"\s+", " ", output)
 
 
 def test_wheels_know_the_platform_but_not_the_python(build: ModuleType) -> None:

@@ -196,8 +196,8 @@ def test_both_arrangements_hold_the_same_numbers_as_the_reference(k, head_dim):
         (("3:1/2", "2", 64, "fp8", 64), "two bands are written WIDTH:NUM/DEN"),
         (("3:x/2+2", "2", 64, "fp8", 64), 'expected a positive number, found "x"'),
         (
-            ("2", "2", 64, "fp8", 64, "mma"),
-            'arrangement "mma" is unknown; possible are "rows", "lanes"',
+            ("2", "2", 64, "fp8", 64, "tensor"),
+            'arrangement "tensor" is unknown; possible are "rows", "lanes", "mma"',
         ),
     ],
 )

@@ -16,6 +16,7 @@ struct PackKernels {
   // One side of a record as fp32 [64 tokens, head_dim].
   void (*dequantize_record)(const RecordFormat& format, Side side, Exponents exponents, const std::uint8_t* record,
                             float* out);
+  void (*repack_record)(const RecordFormat& format, ArrangementKind target, const std::uint8_t* from, std::uint8_t* to);
 };
 
 // csrc/cpu/attend.cpp, compiled once per instruction set.

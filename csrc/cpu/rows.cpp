@@ -1,3 +1,5 @@
+#include <cstring>
+
 #include "core/window.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
@@ -35,6 +37,33 @@ void dequantize_rows(const QuantizeRowsArgs& a, const Parallel& parallel) {
   run_rows(a, parallel, kernels().pack.dequantize_rows);
 }
 
+namespace {
+
+template <class T>
+void permute_row(const PermuteArgs& a, std::int64_t row) {
+  const T* x = static_cast<const T*>(a.x);
+  T* out = static_cast<T*>(a.out);
+  for (int h = 0; h < a.num_heads; ++h) {
+    const std::int64_t base = (row * a.num_heads + h) * a.head_dim;
+    const std::int32_t* from = a.permutation + static_cast<std::int64_t>(h) * a.head_dim;
+    for (int c = 0; c < a.head_dim; ++c) out[base + c] = x[base + from[c]];
+  }
+}
+
+}  // namespace
+
+void permute_channels(const PermuteArgs& a, const Parallel& parallel) {
+  for_each(parallel, a.num_rows, [&](std::int64_t row) {
+    a.element_bytes == 4 ? permute_row<float>(a, row) : permute_row<std::uint16_t>(a, row);
+  });
+}
+
+void copy_pages(const CopyPagesArgs& a, const Parallel& parallel) {
+  for_each(parallel, a.count, [&](std::int64_t i) {
+    std::memcpy(a.pages + a.target_ids[i] * a.page_bytes, a.pages + a.source_ids[i] * a.page_bytes, a.page_bytes);
+  });
+}
+
 void unpack_pages(const UnpackPagesArgs& a, const Parallel& parallel) {
   const PackKernels& pack = kernels().pack;
   for_each(parallel, static_cast<std::int64_t>(a.num_pages) * a.num_kv_heads, [&](std::int64_t i) {
@@ -45,6 +74,13 @@ void unpack_pages(const UnpackPagesArgs& a, const Parallel& parallel) {
     pack.dequantize_record(a.format, Side::kKey, {e[0], e[1]}, record, a.k + out);
     pack.dequantize_record(a.format, Side::kValue, {e[2], e[3]}, record, a.v + out);
   });
+}
+
+void repack_records(const RepackArgs& a, const Parallel& parallel) {
+  const PackKernels& pack = kernels().pack;
+  const std::int64_t bytes = a.format.record_bytes();
+  for_each(parallel, a.num_records,
+           [&](std::int64_t i) { pack.repack_record(a.format, a.target, a.from + i * bytes, a.to + i * bytes); });
 }
 
 }  // namespace skvq::cpu

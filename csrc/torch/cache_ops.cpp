@@ -1,10 +1,9 @@
-// append and decode_attention on the CPU.
+// append, decode_attention and what belongs to them.
 #include "torch/cache_ops.h"
 
 #include <cmath>
 
 #include "core/window.h"
-#include "cpu/cpu.h"
 #include "torch/checks.h"
 
 namespace skvq::ops {
@@ -47,10 +46,11 @@ void check_pages_to_read(const DecodeArgs& a) {
   }
 }
 
-const float* clip_data(const Tensor& clip, const char* name, int heads, const TensorFormat& format) {
-  check_tensor(clip, name, ScalarType::Float, {heads, format.num_groups()});
+const float* clip_data(const Tensor& clip, const char* name, int heads, const TensorFormat& format,
+                       const Place& place) {
+  check_tensor(clip, name, ScalarType::Float, {heads, format.num_groups()}, place);
   const float* data = clip.const_data_ptr<float>();
-  for (std::int64_t i = 0; i < clip.numel(); ++i) {
+  for (std::int64_t i = 0; place.on_cpu && i < clip.numel(); ++i) {
     SKVQ_CHECK(data[i] > 0.0f && data[i] <= 1.0f, name, " holds ", data[i], "; a clip ratio is above 0 and at most 1");
   }
   return data;
@@ -62,69 +62,125 @@ void append(const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens, 
             Tensor sink_k, Tensor sink_v, Tensor ring_k, Tensor ring_v, Tensor kv_len, const Tensor& k_clip,
             const Tensor& v_clip, const Tensor& exponents, const std::string& k_format, const std::string& v_format,
             std::int64_t group, const std::string& meta, const std::string& arrangement, std::int64_t window) {
+  const Place place = place_of(k, "k");
   AppendArgs a{};
   a.cache = make_cache_view({pages, page_table, sink_k, sink_v, ring_k, ring_v, kv_len, exponents},
-                            {k_format, v_format, group, meta, arrangement}, window);
+                            {k_format, v_format, group, meta, arrangement}, window, place);
   check_shape(k, "k", {-1, a.cache.num_kv_heads, a.cache.head_dim});
   check_shape(v, "v", {k.size(0), a.cache.num_kv_heads, a.cache.head_dim});
   SKVQ_CHECK(k.scalar_type() == ring_k.scalar_type() && v.scalar_type() == ring_k.scalar_type(), "k and v have dtypes ",
              torch::headeronly::toString(k.scalar_type()), " and ", torch::headeronly::toString(v.scalar_type()),
              "; the cache holds ", torch::headeronly::toString(ring_k.scalar_type()));
-  a.k = make_rows(k, "k");
-  a.v = make_rows(v, "v");
-  a.tokens = make_ragged(cu_seqlens, "cu_seqlens", k.size(0), a.cache.batch);
-  a.k_clip = clip_data(k_clip, "k_clip", a.cache.num_kv_heads, a.cache.format.k);
-  a.v_clip = clip_data(v_clip, "v_clip", a.cache.num_kv_heads, a.cache.format.v);
-  check_pages_to_write(a);
-  cpu::append(a, torch_threads());
+  a.k = make_rows(k, "k", place);
+  a.v = make_rows(v, "v", place);
+  a.tokens = make_ragged(cu_seqlens, "cu_seqlens", k.size(0), a.cache.batch, place);
+  a.k_clip = clip_data(k_clip, "k_clip", a.cache.num_kv_heads, a.cache.format.k, place);
+  a.v_clip = clip_data(v_clip, "v_clip", a.cache.num_kv_heads, a.cache.format.v, place);
+  if (place.on_cpu) check_pages_to_write(a);
+  place.backend->append(a, place);
+}
+
+namespace {
+
+// What the size of a workspace depends on, too: the cache and the shape of the queries.
+DecodeArgs decode_shapes(const Tensor& q, const OptionalTensor& cu_seqlens_q, const CacheTensors& cache,
+                         const FormatText& format, std::int64_t window, std::int64_t sliding_window,
+                         const Place& place) {
+  DecodeArgs a{};
+  a.cache = make_cache_view(cache, format, window, place);
+  const int kv_heads = a.cache.num_kv_heads;
+  check_shape(q, "q", {-1, -1, a.cache.head_dim});
+  const std::int64_t num_tokens = q.size(0), num_q_heads = q.size(1);
+  SKVQ_CHECK(num_q_heads > 0 && num_q_heads % kv_heads == 0, "q has ", num_q_heads,
+             " heads; expected a multiple of the cache's ", kv_heads, " KV heads");
+  SKVQ_CHECK(sliding_window >= 0, "sliding_window is ", sliding_window,
+             "; expected 0 (none) or the number of tokens a query sees");
+  a.q = make_rows(q, "q", place);
+  a.q_dtype = float_dtype(q, "q");
+  a.queries = make_ragged(cu_seqlens_q, "cu_seqlens_q", num_tokens, a.cache.batch, place);
+  a.num_q_heads = static_cast<int>(num_q_heads);
+  a.sliding_window = static_cast<int>(std::min<std::int64_t>(sliding_window, 1 << 30));
+  place.backend->check_decode_format(a.cache.format, a.q_dtype, a.cache.dtype);
+  return a;
+}
+
+// The caller's workspace, or a new one in `own`.
+void* workspace_data(const OptionalTensor& given, std::size_t needed, const Tensor& q, const Place& place,
+                     OptionalTensor& own) {
+  if (!given) {
+    if (needed == 0) return nullptr;
+    own = torch::stable::new_empty(q, {static_cast<std::int64_t>(needed)}, ScalarType::Byte);
+    return own->mutable_data_ptr();
+  }
+  check_tensor(*given, "workspace", ScalarType::Byte, {-1}, place);
+  check_alignment(*given, "workspace", place);
+  const auto found = static_cast<std::size_t>(given->numel());
+  SKVQ_CHECK(found >= needed, "workspace has ", found, " bytes and ", needed,
+             " are needed; make it as decode_workspace_bytes says, or pass none");
+  return given->mutable_data_ptr();
+}
+
+}  // namespace
+
+std::int64_t decode_workspace_bytes(const Tensor& q, const OptionalTensor& cu_seqlens_q, const Tensor& pages,
+                                    const Tensor& page_table, const Tensor& sink_k, const Tensor& sink_v,
+                                    const Tensor& ring_k, const Tensor& ring_v, const Tensor& kv_len,
+                                    const Tensor& exponents, const std::string& k_format, const std::string& v_format,
+                                    std::int64_t group, const std::string& meta, const std::string& arrangement,
+                                    std::int64_t window, std::int64_t sliding_window) {
+  const Place place = place_of(q, "q");
+  const DecodeArgs a =
+      decode_shapes(q, cu_seqlens_q, {pages, page_table, sink_k, sink_v, ring_k, ring_v, kv_len, exponents},
+                    {k_format, v_format, group, meta, arrangement}, window, sliding_window, place);
+  return static_cast<std::int64_t>(place.backend->decode_workspace_bytes(a, place));
 }
 
 std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const OptionalTensor& cu_seqlens_q, const Tensor& pages,
                                             const Tensor& page_table, const Tensor& sink_k, const Tensor& sink_v,
                                             const Tensor& ring_k, const Tensor& ring_v, const Tensor& kv_len,
                                             const Tensor& exponents, const OptionalTensor& learned_sinks,
-                                            const OptionalTensor& logit_shift, const std::string& k_format,
-                                            const std::string& v_format, std::int64_t group, const std::string& meta,
-                                            const std::string& arrangement, std::int64_t window, double softmax_scale,
-                                            std::int64_t sliding_window, double softcap, bool queries_in_cache,
-                                            bool exact) {
-  DecodeArgs a{};
-  a.cache = make_cache_view({pages, page_table, sink_k, sink_v, ring_k, ring_v, kv_len, exponents},
-                            {k_format, v_format, group, meta, arrangement}, window);
-  const int kv_heads = a.cache.num_kv_heads;
-  check_shape(q, "q", {-1, -1, a.cache.head_dim});
-  const std::int64_t num_tokens = q.size(0), num_q_heads = q.size(1);
-  SKVQ_CHECK(num_q_heads > 0 && num_q_heads % kv_heads == 0, "q has ", num_q_heads,
-             " heads; expected a multiple of the cache's ", kv_heads, " KV heads");
+                                            const OptionalTensor& logit_shift, const OptionalTensor& workspace,
+                                            const std::string& k_format, const std::string& v_format,
+                                            std::int64_t group, const std::string& meta, const std::string& arrangement,
+                                            std::int64_t window, double softmax_scale, std::int64_t sliding_window,
+                                            double softcap, bool queries_in_cache, bool exact) {
+  const Place place = place_of(q, "q");
+  DecodeArgs a = decode_shapes(q, cu_seqlens_q, {pages, page_table, sink_k, sink_v, ring_k, ring_v, kv_len, exponents},
+                               {k_format, v_format, group, meta, arrangement}, window, sliding_window, place);
   SKVQ_CHECK(std::isfinite(softmax_scale), "softmax_scale is ", softmax_scale, "; expected a finite number");
   SKVQ_CHECK(std::isfinite(softcap) && softcap >= 0.0, "softcap is ", softcap,
              "; expected 0 (none) or a positive number");
-  SKVQ_CHECK(sliding_window >= 0, "sliding_window is ", sliding_window,
-             "; expected 0 (none) or the number of tokens a query sees");
-  a.q = make_rows(q, "q");
-  a.q_dtype = float_dtype(q, "q");
-  a.queries = make_ragged(cu_seqlens_q, "cu_seqlens_q", num_tokens, a.cache.batch);
-  a.num_q_heads = static_cast<int>(num_q_heads);
   a.softmax_scale = static_cast<float>(softmax_scale);
   a.softcap = static_cast<float>(softcap);
-  a.sliding_window = static_cast<int>(std::min<std::int64_t>(sliding_window, 1 << 30));
   a.queries_in_cache = queries_in_cache;
   a.exact = exact;
+  const std::int64_t num_tokens = a.queries.num_tokens, num_q_heads = a.num_q_heads;
   if (learned_sinks) {
-    check_tensor(*learned_sinks, "learned_sinks", ScalarType::Float, {num_q_heads});
+    check_tensor(*learned_sinks, "learned_sinks", ScalarType::Float, {num_q_heads}, place);
     a.learned_sinks = learned_sinks->const_data_ptr<float>();
   }
   if (logit_shift) {
-    check_tensor(*logit_shift, "logit_shift", ScalarType::Float, {num_tokens, num_q_heads});
+    check_tensor(*logit_shift, "logit_shift", ScalarType::Float, {num_tokens, num_q_heads}, place);
     a.logit_shift = logit_shift->const_data_ptr<float>();
   }
-  check_pages_to_read(a);
+  if (place.on_cpu) check_pages_to_read(a);
   Tensor out = torch::stable::new_empty(q, {num_tokens, num_q_heads, a.cache.head_dim});
   Tensor lse = torch::stable::new_empty(q, {num_tokens, num_q_heads}, ScalarType::Float);
   a.out = out.mutable_data_ptr();
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
-  cpu::decode_attention(a, torch_threads());
+  OptionalTensor own;
+  void* data = workspace_data(workspace, place.backend->decode_workspace_bytes(a, place), q, place, own);
+  place.backend->decode_attention(a, data, place);
   return {out, lse};
+}
+
+void check_decode_format(const std::string& k_format, const std::string& v_format, std::int64_t group,
+                         const std::string& meta, const std::string& arrangement, std::int64_t head_dim,
+                         ScalarType dtype, const std::string& device_type) {
+  SKVQ_CHECK(device_type == "cpu" || device_type == "cuda", "device_type is ", device_type, "; expected cpu or cuda");
+  const RecordFormat format = parse({k_format, v_format, group, meta, arrangement}, head_dim);
+  const DType rows = dtype_of(dtype, "dtype");
+  (device_type == "cpu" ? cpu_backend() : cuda_backend()).check_decode_format(format, rows, rows);
 }
 
 }  // namespace skvq::ops

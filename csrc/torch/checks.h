@@ -1,5 +1,8 @@
 // Checks of what comes from Python, and tensors as the argument structs of the backends. A failed check throws
 // std::invalid_argument (ValueError in Python) before anything is written.
+//
+// Shapes, dtypes, devices and addresses are checked everywhere. Contents (lengths, page ids, ratios) are checked on the
+// CPU only: to look at them on a GPU would make the host wait for it.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -10,8 +13,7 @@
 #include <string>
 
 #include "core/format_text.h"
-#include "cpu/parallel.h"
-#include "skvq/cache.h"
+#include "torch/backend.h"
 
 #define SKVQ_CHECK(condition, ...)                                              \
   do {                                                                          \
@@ -25,15 +27,19 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 std::string shape_of(const Tensor& t);
+DType dtype_of(ScalarType type, const char* name);
 DType float_dtype(const Tensor& t, const char* name);
 
-// Torch's own thread pool.
-const cpu::Parallel& torch_threads();
+// The device of a call's first tensor. Throws std::runtime_error where this build has no kernels for it.
+Place place_of(const Tensor& t, const char* name);
 
-// `name` is what the message calls the tensor; -1 in `shape` stands for any size.
-void check_tensor(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<std::int64_t> shape);
+// `name` is what a message calls the tensor; -1 in `shape` stands for any size.
 void check_shape(const Tensor& t, const char* name, std::initializer_list<std::int64_t> shape);
-void check_cpu_contiguous(const Tensor& t, const char* name);
+void check_contiguous(const Tensor& t, const char* name, const Place& place);
+void check_tensor(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<std::int64_t> shape,
+                  const Place& place);
+// The address of pages or rows, for kernels that load many bytes at once.
+void check_alignment(const Tensor& t, const char* name, const Place& place);
 
 // The tensors that make up a cache, as they stand in the op schemas.
 struct CacheTensors {
@@ -44,10 +50,12 @@ struct FormatText {
   std::int64_t group;
   const std::string &meta, &arrangement;
 };
-CacheView make_cache_view(const CacheTensors& t, const FormatText& format, std::int64_t window);
+RecordFormat parse(const FormatText& text, std::int64_t head_dim);
+CacheView make_cache_view(const CacheTensors& t, const FormatText& format, std::int64_t window, const Place& place);
 
 // Rows [num_tokens, num_heads, head_dim]; any strides for tokens and heads.
-RowsView make_rows(const Tensor& t, const char* name);
-Ragged make_ragged(const OptionalTensor& cu_seqlens, const char* name, std::int64_t num_tokens, int batch);
+RowsView make_rows(const Tensor& t, const char* name, const Place& place);
+Ragged make_ragged(const OptionalTensor& cu_seqlens, const char* name, std::int64_t num_tokens, int batch,
+                   const Place& place);
 
 }  // namespace skvq::ops

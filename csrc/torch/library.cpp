@@ -1,13 +1,18 @@
-// Schemas of torch.ops.skvq and their CPU kernels. Fake kernels are registered in skvq_ext/fake.py.
+// Schemas of torch.ops.skvq and their kernels. Fake kernels are registered in skvq_ext/fake.py.
 #include <torch/csrc/stable/library.h>
 
 #include "build_info.h"
 #include "cpu/kernels.h"
 #include "torch/cache_ops.h"
+#include "torch/page_ops.h"
 #include "torch/tensor_ops.h"
 
 namespace skvq::ops {
 namespace {
+
+const char* arrangement_name(ArrangementKind kind) {
+  return kArrangementNames[static_cast<int>(kind)];
+}
 
 std::string describe_record(const std::string& k_format, const std::string& v_format, std::int64_t group,
                             const std::string& meta, const std::string& arrangement, std::int64_t head_dim) {
@@ -17,8 +22,27 @@ std::string describe_record(const std::string& k_format, const std::string& v_fo
 
 std::string build_info() {
   return concat("{\"version\": \"" SKVQ_VERSION "\", \"compiler\": \"" SKVQ_COMPILER
-                "\", \"torch_headers\": \"" SKVQ_TORCH_HEADERS "\", \"cuda\": null, \"cpu_isas\": \"",
-                cpu::built_isas(), "\", \"cpu_isa\": \"", cpu::kernels().isa, "\"}");
+                "\", \"torch_headers\": \"" SKVQ_TORCH_HEADERS "\", \"cuda\": ",
+                cuda_json(), ", \"cpu_isas\": \"", cpu::built_isas(), "\", \"cpu_isa\": \"", cpu::kernels().isa,
+                "\", \"arrangements\": {\"cpu\": \"", arrangement_name(cpu_backend().arrangement), "\", \"cuda\": \"",
+                arrangement_name(ArrangementKind::kMma), "\"}}");
+}
+
+// Which kernels compute is decided by the place of the tensors (backend.h), not by the dispatcher.
+template <class Library>
+void implement(Library& m) {
+  m.impl("permute_channels", TORCH_BOX(&permute_channels));
+  m.impl("enter_heads", TORCH_BOX(&enter_heads));
+  m.impl("leave_heads", TORCH_BOX(&leave_heads));
+  m.impl("quantize_pack", TORCH_BOX(&quantize_pack));
+  m.impl("dequantize_unpack", TORCH_BOX(&dequantize_unpack));
+  m.impl("append", TORCH_BOX(&append));
+  m.impl("decode_workspace_bytes", TORCH_BOX(&decode_workspace_bytes));
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("merge_states", TORCH_BOX(&merge_states));
+  m.impl("copy_pages", TORCH_BOX(&copy_pages));
+  m.impl("unpack_pages", TORCH_BOX(&unpack_pages));
+  m.impl("repack_pages", TORCH_BOX(&repack_pages));
 }
 
 }  // namespace
@@ -49,36 +73,44 @@ STABLE_TORCH_LIBRARY(skvq, m) {
   m.def(
       "decode_attention(Tensor q, Tensor? cu_seqlens_q, Tensor pages, Tensor page_table, Tensor sink_k, Tensor sink_v, "
       "Tensor ring_k, Tensor ring_v, Tensor kv_len, Tensor exponents, Tensor? learned_sinks=None, Tensor? "
-      "logit_shift=None, *, "
-      "str k_format, str v_format, int group, str meta, str arrangement, int window, float softmax_scale, int "
+      "logit_shift=None, "
+      "Tensor(a!)? workspace=None, *, str k_format, str v_format, int group, str meta, str arrangement, int window, "
+      "float softmax_scale, int "
       "sliding_window=0, "
       "float softcap=0.0, bool queries_in_cache=True, bool exact=True) -> (Tensor out, Tensor lse)");
+  m.def(
+      "decode_workspace_bytes(Tensor q, Tensor? cu_seqlens_q, Tensor pages, Tensor page_table, Tensor sink_k, Tensor "
+      "sink_v, Tensor ring_k, Tensor ring_v, Tensor kv_len, Tensor exponents, *, str k_format, str v_format, int "
+      "group, "
+      "str meta, str arrangement, int window, int sliding_window=0) -> int");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
   m.def("copy_pages(Tensor(a!) pages, Tensor source_ids, Tensor target_ids) -> ()");
   m.def(
       "unpack_pages(Tensor pages, Tensor page_ids, Tensor exponents, *, str k_format, str v_format, int group, str "
       "meta, "
       "str arrangement, int head_dim) -> (Tensor k, Tensor v)");
+  m.def(
+      "repack_pages(Tensor pages, *, str k_format, str v_format, int group, str meta, str arrangement, str target, int "
+      "head_dim) -> Tensor");
+  m.def(
+      "check_decode_format(str k_format, str v_format, int group, str meta, str arrangement, int head_dim, ScalarType "
+      "dtype, str device_type) -> ()");
   m.def("format_table() -> str");
   m.def("describe_record(str k_format, str v_format, int group, str meta, str arrangement, int head_dim) -> str");
   m.def("build_info() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(skvq, CPU, m) {
-  m.impl("permute_channels", TORCH_BOX(&skvq::ops::permute_channels));
-  m.impl("enter_heads", TORCH_BOX(&skvq::ops::enter_heads));
-  m.impl("leave_heads", TORCH_BOX(&skvq::ops::leave_heads));
-  m.impl("quantize_pack", TORCH_BOX(&skvq::ops::quantize_pack));
-  m.impl("dequantize_unpack", TORCH_BOX(&skvq::ops::dequantize_unpack));
-  m.impl("append", TORCH_BOX(&skvq::ops::append));
-  m.impl("decode_attention", TORCH_BOX(&skvq::ops::decode_attention));
-  m.impl("merge_states", TORCH_BOX(&skvq::ops::merge_states));
-  m.impl("copy_pages", TORCH_BOX(&skvq::ops::copy_pages));
-  m.impl("unpack_pages", TORCH_BOX(&skvq::ops::unpack_pages));
+  skvq::ops::implement(m);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(skvq, CUDA, m) {
+  skvq::ops::implement(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(skvq, CompositeExplicitAutograd, m) {
   m.impl("format_table", TORCH_BOX(&skvq::format_table));
   m.impl("describe_record", TORCH_BOX(&skvq::ops::describe_record));
+  m.impl("check_decode_format", TORCH_BOX(&skvq::ops::check_decode_format));
   m.impl("build_info", TORCH_BOX(&skvq::ops::build_info));
 }

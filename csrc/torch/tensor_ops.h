@@ -23,9 +23,4 @@ Tensor dequantize_unpack(const Tensor& codes, const Tensor& meta, const Tensor& 
 std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
                                         const Tensor& lse_b);
 
-void copy_pages(Tensor pages, const Tensor& source_ids, const Tensor& target_ids);
-std::tuple<Tensor, Tensor> unpack_pages(const Tensor& pages, const Tensor& page_ids, const Tensor& exponents,
-                                        const std::string& k_format, const std::string& v_format, std::int64_t group,
-                                        const std::string& meta, const std::string& arrangement, std::int64_t head_dim);
-
 }  // namespace skvq::ops

@@ -18,7 +18,8 @@ from skvq_ext.geometry import Geometry
 from skvq_ext.hf import exact
 from skvq_ext.hf.attention import NAME, attach, enable
 from skvq_ext.hf.forward import CacheLength, ForwardState
-from skvq_ext.layer_cache import LayerCache, memory
+from skvq_ext.layer_cache import LayerCache
+from skvq_ext.memory import memory
 from skvq_ext.plan import LayerPlan, Plan
 from skvq_ext.ragged import Ragged
 from skvq_ext.scheme import Scheme

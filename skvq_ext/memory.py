@@ -1,0 +1,45 @@
+"""What a packed cache has allocated, by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from skvq_ext.layer_cache import LayerCache
+
+_PARTS = {
+    "pages": "pages",
+    "page_table": "page_table",
+    "sink_k": "sinks",
+    "sink_v": "sinks",
+    "ring_k": "ring",
+    "ring_v": "ring",
+    "kv_len": "lengths",
+    "k_clip": "plan",
+    "v_clip": "plan",
+    "exponents": "plan",
+}
+
+
+def memory(layers: Iterable[LayerCache]) -> dict[str, int]:
+    """Bytes by part, from the allocator: whole storages, each counted once.
+
+    Returns: "pages", "page_table", "sinks", "ring", "lengths", "plan" (tables of the doors, clip,
+    exponents), their "total", and "full_precision": what rows of the cache's dtype would take for
+    the same lengths.
+    """
+    parts = dict.fromkeys(_PARTS.values(), 0)
+    seen: set[int] = set()
+    doors: dict[int, int] = {}
+    full_precision = 0
+    for layer in layers:
+        full_precision += layer.full_precision_bytes()
+        doors[id(layer.door)] = layer.door.nbytes()
+        for name, tensor in layer.tensors._asdict().items():
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                parts[_PARTS[name]] += storage.nbytes()
+    parts["plan"] += sum(doors.values())
+    return parts | {"total": sum(parts.values()), "full_precision": full_precision}
