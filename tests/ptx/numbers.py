@@ -146,6 +146,18 @@ def fused(x: Array, y: Array, z: Array) -> Array:
     return np.where(inexact, (bits - away) | 1, bits).view(np.float64)
 
 
+def directed(x: Array, mode: str) -> Array:
+    """float64 that was rounded to odd, to float32 by the modes rn, rz, rm (down) and rp (up)."""
+    cut = x.astype(np.float32)
+    back = cut.astype(np.float64)
+    if mode == "rn":
+        return cut
+    down, up = np.nextafter(cut, np.float32(-np.inf)), np.nextafter(cut, np.float32(np.inf))
+    if mode == "rz":
+        return np.where(np.abs(back) > np.abs(x), np.where(x > 0, down, up), cut)
+    return np.where(back > x, down, cut) if mode == "rm" else np.where(back < x, up, cut)
+
+
 def flush(x: Array) -> Array:
     """Subnormal float32 become zeros of their sign (.ftz)."""
     if x.dtype != np.float32:

@@ -99,7 +99,7 @@ class Body:
     """Parses the statements of one kernel."""
 
     def __init__(self, module: Module, name: str) -> None:
-        parameters, body, self.line = module.entries[name]
+        parameters, body, line = module.entries[name]
         self.files = module.files
         self.kernel = Kernel(name, [parse_variable(m) for m in VARIABLE.finditer(parameters)])
         self.kernel.shared += module.dynamic
@@ -111,7 +111,10 @@ class Body:
         for match in STATEMENT.finditer(body):
             if body[at : match.start()].strip():
                 raise PtxError(f"cannot parse: {body[at : match.start()].strip()[:80]}")
-            self.statement(match, self.line + body.count("\n", 0, match.start("body")))
+            start = match.start("body") if match["body"] else match.end()
+            line += body.count("\n", at, start)
+            self.statement(match, line)
+            line += body.count("\n", start, match.end())
             at = match.end()
         for instruction, scope, text in self.branches:
             instruction.operands = (*instruction.operands[:-1], scope.label(text))

@@ -9,7 +9,7 @@ import numpy as np
 from ptx.errors import PtxError
 from ptx.instructions.registry import instruction, is_float
 from ptx.machine import Machine
-from ptx.numbers import Array, flush, fused, larger, pack, smaller, unpack
+from ptx.numbers import Array, directed, flush, fused, larger, pack, smaller, unpack
 from ptx.program import Instruction
 
 
@@ -55,11 +55,13 @@ def extremum(machine: Machine, ins: Instruction) -> None:
     finish(machine, ins, value)
 
 
-@instruction("fma", modifiers="rn ftz sat relu", applies=is_float)
+@instruction("fma", modifiers="rn rz rm rp ftz sat relu", applies=is_float)
 def fma(machine: Machine, ins: Instruction) -> None:
-    if ins.scalar.name == "f64":
-        raise PtxError(f"fma of float64 cannot be rounded once here: {ins.text}")
-    finish(machine, ins, fused(*operands(machine, ins)))
+    mode = ins.modifiers[0]
+    if ins.scalar.name == "f64" or (mode != "rn" and ins.scalar.name != "f32"):
+        raise PtxError(f"this sum of a product cannot be rounded here: {ins.text}")
+    value = fused(*operands(machine, ins))
+    finish(machine, ins, value if mode == "rn" else directed(value, mode))
 
 
 @instruction("neg", "abs", modifiers="ftz", applies=is_float)
