@@ -18,6 +18,9 @@ void check_launch(const char*, Grid, int, std::size_t) {}
 int multiprocessors() {
   return simt::config().multiprocessors;
 }
+int shared_bytes_per_multiprocessor() {
+  return 228 * 1024;
+}
 void allow_shared_bytes(const void*, const char*, std::size_t) {}
 void check_device() {}
 
@@ -45,6 +48,14 @@ std::string device_text() {
                                   ". The error may be that of an earlier kernel; CUDA_LAUNCH_BLOCKING=1 tells."));
 }
 
+int attribute(cudaDeviceAttr which, const char* what) {
+  int device = 0, value = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, which, device);
+  if (error != cudaSuccess) fail(error, what);
+  return value;
+}
+
 __global__ void probe() {}
 
 }  // namespace
@@ -57,11 +68,11 @@ void check_launch(const char* kernel, Grid grid, int threads, std::size_t shared
 }
 
 int multiprocessors() {
-  int device = 0, count = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) fail(error, "asking for the number of multiprocessors");
-  return count;
+  return attribute(cudaDevAttrMultiProcessorCount, "asking for the number of multiprocessors");
+}
+
+int shared_bytes_per_multiprocessor() {
+  return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, "asking for the size of shared memory");
 }
 
 void allow_shared_bytes(const void* kernel, const char* name, std::size_t bytes) {

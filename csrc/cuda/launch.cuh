@@ -15,8 +15,9 @@ struct Grid {
 
 // csrc/cuda/device.cu. Throws std::runtime_error for a failed launch of `kernel`; does nothing where none failed.
 void check_launch(const char* kernel, Grid grid, int threads, std::size_t shared_bytes);
-// Multiprocessors of the current device.
+// Of the current device.
 int multiprocessors();
+int shared_bytes_per_multiprocessor();
 // Lets `kernel` use more dynamic shared memory than the 48 KiB that need no permission.
 void allow_shared_bytes(const void* kernel, const char* name, std::size_t bytes);
 

@@ -19,7 +19,7 @@
 #define SKVQ_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
 
-#define SKVQ_DEVICE static __device__ __forceinline__
+#define SKVQ_DEVICE __device__ __forceinline__
 
 namespace skvq::cuda {
 

@@ -26,6 +26,17 @@ SKVQ_DEVICE float ex2(float x) {
 #endif
 }
 
+// "Floating Point Instructions: rcp". 1 / x, relative error 2^-23.
+SKVQ_DEVICE float reciprocal(float x) {
+#if defined(SKVQ_SIMT)
+  return 1.0f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 // "Data Movement and Conversion Instructions: cvt". Two floats to nearest halves; `low` goes to bits 0 to 15.
 SKVQ_DEVICE std::uint32_t pack_f16(float low, float high) {
 #if defined(SKVQ_SIMT)
@@ -78,9 +89,8 @@ SKVQ_DEVICE std::uint32_t unpack_e4m3(std::uint32_t pair) {
   const std::uint32_t spread = (pair & 0xffu) | (pair & 0xff00u) << 8, magnitude = spread & 0x007f007fu;
   std::uint32_t halves;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(halves) : "r"(magnitude << 7), "r"(0x5c005c00u));
-  const std::uint32_t nan_low = (magnitude & 0xffffu) == 0x7fu ? 0x7e00u : 0u;
-  const std::uint32_t nan_high = magnitude >> 16 == 0x7fu ? 0x7e000000u : 0u;
-  return halves | (spread & 0x00800080u) << 8 | nan_low | nan_high;
+  const std::uint32_t nan = ((magnitude + 0x00010001u) & 0x00800080u) * 0xfcu;  // 0x7e00 where magnitude is 0x7f
+  return halves | (spread & 0x00800080u) << 8 | nan;
 #endif
 }
 
@@ -96,6 +106,67 @@ SKVQ_DEVICE std::uint32_t add_f16x2(std::uint32_t a, std::uint32_t b) {
 #endif
 }
 
+// "Floating Point Instructions: min, max" and "Half Precision Floating Point Instructions: min, max", with .NaN: a NaN
+// among the operands is the result.
+SKVQ_DEVICE float min_f32(float a, float b) {
+#if defined(SKVQ_SIMT)
+  return a != a ? a : b != b ? b : a < b ? a : b;
+#else
+  float least;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(a), "f"(b));
+  return least;
+#endif
+}
+SKVQ_DEVICE float max_f32(float a, float b) {
+#if defined(SKVQ_SIMT)
+  return a != a ? a : b != b ? b : a > b ? a : b;
+#else
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+  return most;
+#endif
+}
+SKVQ_DEVICE std::uint32_t min_f16x2(std::uint32_t a, std::uint32_t b) {
+#if defined(SKVQ_SIMT)
+  const Floats2 x = unpack_f16(a), y = unpack_f16(b);
+  return pack_f16(min_f32(x.low, y.low), min_f32(x.high, y.high));
+#else
+  std::uint32_t least;
+  asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(least) : "r"(a), "r"(b));
+  return least;
+#endif
+}
+SKVQ_DEVICE std::uint32_t max_f16x2(std::uint32_t a, std::uint32_t b) {
+#if defined(SKVQ_SIMT)
+  const Floats2 x = unpack_f16(a), y = unpack_f16(b);
+  return pack_f16(max_f32(x.low, y.low), max_f32(x.high, y.high));
+#else
+  std::uint32_t most;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+  return most;
+#endif
+}
+SKVQ_DEVICE std::uint32_t min_bf16x2(std::uint32_t a, std::uint32_t b) {
+#if defined(SKVQ_SIMT)
+  const Floats2 x = unpack_bf16(a), y = unpack_bf16(b);
+  return pack_bf16(min_f32(x.low, y.low), min_f32(x.high, y.high));
+#else
+  std::uint32_t least;
+  asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(least) : "r"(a), "r"(b));
+  return least;
+#endif
+}
+SKVQ_DEVICE std::uint32_t max_bf16x2(std::uint32_t a, std::uint32_t b) {
+#if defined(SKVQ_SIMT)
+  const Floats2 x = unpack_bf16(a), y = unpack_bf16(b);
+  return pack_bf16(max_f32(x.low, y.low), max_f32(x.high, y.high));
+#else
+  std::uint32_t most;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+  return most;
+#endif
+}
+
 // ---- "Warp Level Matrix Multiply-Accumulate Instructions" ----
 
 // d += A B, fp32 sums. A: 16 x 16 in `a` (skvq::Mma::owner); B: 16 x 8, lane l holds rows 2 (l % 4) + {0, 1} of column
@@ -104,7 +175,8 @@ SKVQ_DEVICE void mma_f16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32
 #if defined(SKVQ_SIMT)
   simt::mma_16816(d, a, b0, b1, simt::Half::kF16, here);
 #else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
@@ -202,6 +274,12 @@ SKVQ_DEVICE void barrier_init(std::uint64_t* barrier, std::uint32_t arrivals SKV
 SKVQ_DEVICE void barrier_init_fence() {
 #if !defined(SKVQ_SIMT)
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+// Ordinary accesses to shared memory come before the asynchronous copies that this thread issues from here on.
+SKVQ_DEVICE void proxy_fence() {
+#if !defined(SKVQ_SIMT)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 // Arrives once and announces `bytes` that copies will bring in this phase.

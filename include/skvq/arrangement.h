@@ -96,7 +96,7 @@ struct Mma : FractionTrits {
   static constexpr ArrangementKind kind = ArrangementKind::kMma;
   static constexpr int kLanes = 32;
   static constexpr int kRegisters = 4;
-  static constexpr int kSteps = kTileTokens / 16;   // matrices in a column of channels
+  static constexpr int kSteps = kTileTokens / 16;          // matrices in a column of channels
   static constexpr int kPairsPerWord = 2 * kTritsPerByte;  // trits go in pairs, one for each half of a register
 
   // Who holds element (row, column) of a 16 x 16 matrix, and the way back.
@@ -131,7 +131,8 @@ struct Mma : FractionTrits {
   }
 
   // Where a lane finds its two codes of register `reg` of matrix `u`: `bit` and `bit` + 16 of a word. A run of n words
-  // serves 4 n / width matrices; short runs hold more than one register in a word.
+  // serves 4 n / width matrices; short runs hold more than one register in a word. Single bits lie two apart, like the
+  // fields of the plane of two bits that they extend, so that one shift serves several matrices.
   struct Field {
     int word, bit;
   };
@@ -140,7 +141,8 @@ struct Mma : FractionTrits {
     const int words = plane_words(width, channels);
     const Run run = run_of(words, u * width / 4);
     const int matrices = run.length * 4 / width, v = u - run.first * 4 / width;
-    return {run.first + reg % run.length, width * (v + reg / run.length * matrices)};
+    const int index = v + reg / run.length * matrices;
+    return {run.first + reg % run.length, width == 1 ? index % 8 * 2 + index / 8 : width * index};
   }
 
   SKVQ_FN static constexpr Slot bits(Side side, int width, int channels, int token, int channel) {
@@ -177,9 +179,10 @@ struct Mma : FractionTrits {
     return trit_of_pair(channels, o.lane, u * kRegisters + o.reg, o.half);
   }
 
-  // Scale and zero of a token and of the token eight later are neighbours: what one lane needs is one load.
-  SKVQ_FN static constexpr int meta(int /*groups*/, int token, int group, int which) {
-    return ((group * kSteps + token / 16) * 8 + token % 8) * 4 + token % 16 / 8 * 2 + which;
+  // What the lanes of one row need is contiguous, step by step and group by group: scale and zero of a token and of the
+  // token eight later.
+  SKVQ_FN static constexpr int meta(int groups, int token, int group, int which) {
+    return ((token % 8 * kSteps + token / 16) * groups + group) * 4 + token % 16 / 8 * 2 + which;
   }
 };
 

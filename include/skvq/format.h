@@ -32,14 +32,26 @@ struct CodeTraits {
   int plane_bits[2];  // widths of the bit planes; {0, 0} for base 3
 };
 
-inline constexpr CodeTraits kCodes[] = {
-    {Code::kInt8, "8", 256, {8, 0}}, {Code::kInt4, "4", 16, {4, 0}},     {Code::kInt3, "3", 8, {2, 1}},
-    {Code::kInt2, "2", 4, {2, 0}},   {Code::kTernary, "1.5", 3, {0, 0}}, {Code::kTernaryFast, "1.5fast", 3, {2, 0}},
-};
-
+// The one table; a function, because device code cannot index an array of the host.
 SKVQ_FN constexpr CodeTraits traits(Code code) {
-  return kCodes[static_cast<int>(code)];
+  switch (code) {
+    case Code::kInt8:
+      return {code, "8", 256, {8, 0}};
+    case Code::kInt4:
+      return {code, "4", 16, {4, 0}};
+    case Code::kInt3:
+      return {code, "3", 8, {2, 1}};
+    case Code::kInt2:
+      return {code, "2", 4, {2, 0}};
+    case Code::kTernary:
+      return {code, "1.5", 3, {0, 0}};
+    case Code::kTernaryFast:
+      return {code, "1.5fast", 3, {2, 0}};
+  }
+  return {};
 }
+inline constexpr CodeTraits kCodes[] = {traits(Code::kInt8), traits(Code::kInt4),    traits(Code::kInt3),
+                                        traits(Code::kInt2), traits(Code::kTernary), traits(Code::kTernaryFast)};
 SKVQ_FN constexpr bool is_base3(Code code) {
   return code == Code::kTernary;
 }

@@ -1,0 +1,12 @@
+#include "cuda/instance.cuh"
+
+namespace skvq::cuda {
+
+void bands_4_2(InstanceList& list) {
+  add<Instance<64, 64, K4Quarter2, V1_5>>(list);
+  add<Instance<128, 64, K4Quarter2, V1_5>>(list);
+  add<Instance<128, 128, K4Quarter2, V1_5>>(list);
+  add<Instance<256, 128, K4Quarter2, V1_5>>(list);
+}
+
+}  // namespace skvq::cuda
