@@ -7,6 +7,8 @@
 // CPU, CUDA and the reference.
 #pragma once
 
+#include <math.h>
+
 #include "core/minifloat.h"
 
 namespace skvq {
@@ -22,7 +24,8 @@ struct GroupQuantizer {
 // as it would in full precision; no other group, token or sequence is touched.
 SKVQ_FN GroupQuantizer make_group_quantizer(float low, float high, bool finite, float clip, int levels, Meta meta,
                                             Exponents exponents) {
-  const float middle = 0.5f * low + 0.5f * high;
+  // Of the two zeros either may have been found as the minimum; adding 0 makes it the positive one.
+  const float middle = 0.5f * low + 0.5f * high + 0.0f;
   const float half = (0.5f * high - 0.5f * low) * clip;
   GroupQuantizer g;
   g.zero_bits = encode_meta(meta, finite ? (middle - half) * power_of_two(-exponents.zero) : quiet_nan());
@@ -36,14 +39,23 @@ SKVQ_FN GroupQuantizer make_group_quantizer(float low, float high, bool finite, 
   return g;
 }
 
-// Clamp, then round half to even. A NaN gives 0.
+// 0 for a NaN. Each compiler finds the instructions for minimum and maximum in one form only.
+SKVQ_FN float clamp(float x, float top) {
+#if defined(__CUDACC__)
+  return ::fminf(::fmaxf(x, 0.0f), top);
+#else
+  const float t = x > 0.0f ? x : 0.0f;
+  return t < top ? t : top;
+#endif
+}
+
+// Clamp, then round half to even; the code is in the lowest 9 bits. A NaN gives 0.
+SKVQ_FN std::uint32_t quantize_bits(float x, const GroupQuantizer& g, int levels) {
+  // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
+  return float_bits(clamp((x - g.zero) * g.inverse, static_cast<float>(levels - 1)) + 12582912.0f);
+}
 SKVQ_FN int quantize(float x, const GroupQuantizer& g, int levels) {
-  float t = (x - g.zero) * g.inverse;
-  t = t > 0.0f ? t : 0.0f;
-  const float top = static_cast<float>(levels - 1);
-  t = t < top ? t : top;
-  // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even; it leaves the integer in the low bits.
-  return static_cast<int>(float_bits(t + 12582912.0f) & 0x1ffu);
+  return static_cast<int>(quantize_bits(x, g, levels) & 0x1ffu);
 }
 
 }  // namespace skvq

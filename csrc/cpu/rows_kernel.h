@@ -2,26 +2,11 @@
 #pragma once
 
 #include "core/quantize.h"
+#include "core/row_codes.h"
 #include "cpu/vector.h"
 
 namespace skvq::cpu {
 inline namespace SKVQ_ISA {
-
-// Calls visit(byte, shift_or_digit, low, width) for every stored part of code `i` of a group of n codes.
-template <class F>
-SKVQ_FN void each_part(Code code, int n, int i, F&& visit) {
-  if (is_base3(code)) {
-    visit(i / kTritsPerByte, power_of_three(i % kTritsPerByte), 0, 0);
-    return;
-  }
-  int plane = 0, low = 0;
-  for (const int width : traits(code).plane_bits) {
-    if (width == 0) continue;
-    visit(plane + i * width / 8, i * width % 8, low, width);
-    plane += (n * width + 7) / 8;
-    low += width;
-  }
-}
 
 inline void quantize_rows_range(const QuantizeRowsArgs& a, std::int64_t begin, std::int64_t end) {
   const int levels = traits(a.code).levels;

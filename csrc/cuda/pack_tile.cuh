@@ -1,0 +1,289 @@
+// One warp quantizes one side of one tile of one head and packs it into its record.
+//
+// Rows are loaded once, 16 bytes a lane, some tokens at a time: lanes find the range of their eight channels, the warp
+// shares out the groups to make quantizers, and the lanes write codes from the values they still hold. The codes of the
+// whole tile then lie in shared memory, from where they are taken in the order of the record.
+#pragma once
+
+#include "core/quantize.h"
+#include "cuda/code_stage.cuh"
+#include "cuda/octet.cuh"
+
+namespace skvq::cuda {
+
+struct GroupTask {
+  std::int16_t first, end;  // octets
+  int levels;
+  float clip;
+};
+// What the lanes need to know that quantize an octet, row after row.
+struct alignas(16) OctetTask {
+  int group;       // its first octet
+  int levels;
+  int staged;      // where the codes of token 0 go
+  int step_bytes;  // from there to token 16
+};
+
+// Shared memory of one warp.
+struct PackScratch {
+  const unsigned char** rows;  // [kTileTokens], the channels of the head
+  GroupTask* groups;           // [kMaxGroups]
+  OctetTask* octets;           // [octets of a row]
+  Extremes* extremes;          // [tokens of a chunk][stride]; at a group's first octet later {zero, 1 / scale}
+  unsigned char* codes;        // [matrix_bytes_of(head_dim)]
+
+  static constexpr int kRowsBytes = kTileTokens * sizeof(unsigned char*);
+  static constexpr int kGroupsBytes = (kMaxGroups * sizeof(GroupTask) + 15) / 16 * 16;
+
+  SKVQ_FN static constexpr int octets_bytes(const OctetDeal& deal) {
+    return deal.octets * static_cast<int>(sizeof(OctetTask));
+  }
+  SKVQ_FN static constexpr int extremes_bytes(const OctetDeal& deal) {
+    return deal.chunk_tokens * deal.stride * static_cast<int>(sizeof(Extremes));
+  }
+  SKVQ_FN static constexpr int bytes(const OctetDeal& deal) {
+    return kRowsBytes + kGroupsBytes + octets_bytes(deal) + extremes_bytes(deal) + matrix_bytes_of(deal.octets * kOctet);
+  }
+
+  SKVQ_DEVICE PackScratch(unsigned char* memory, const OctetDeal& deal)
+      : rows(reinterpret_cast<const unsigned char**>(memory)),
+        groups(reinterpret_cast<GroupTask*>(memory + kRowsBytes)),
+        octets(reinterpret_cast<OctetTask*>(memory + kRowsBytes + kGroupsBytes)),
+        extremes(reinterpret_cast<Extremes*>(memory + kRowsBytes + kGroupsBytes + octets_bytes(deal))),
+        codes(memory + bytes(deal) - matrix_bytes_of(deal.octets * kOctet)) {}
+};
+
+struct TileSlot {
+  int sequence, tile;
+  int old_len;         // of the sequence
+  std::int64_t input;  // Growth::input of the sequence
+};
+struct PackTask : TileSlot {
+  int head;
+  Side side;
+  unsigned char* record;
+};
+
+// ---- Rows, groups and octets of the task ----
+
+SKVQ_DEVICE OctetTask octet_task(const PackedSide& packed, Side side, const GroupTask* groups, int octet) {
+  int g = 0;
+  while (octet >= groups[g].end) ++g;
+  const int channel = octet * kOctet;
+  const PackedBand& band = packed.bands[packed.num_bands == 2 && channel >= packed.bands[1].begin ? 1 : 0];
+  const int matrix = matrix_bytes_of(band.begin) + (channel - band.begin) / 16 * kMatrixBytes;
+  return {groups[g].first, groups[g].levels, matrix + staged_at(side, 0, channel % 16),
+          matrix_bytes_of(band.channels) / Mma::kSteps};
+}
+
+SKVQ_DEVICE void prepare(const AppendParams& p, const PackTask& t, const PackScratch& s) {
+  const AppendArgs& a = p.args;
+  const CacheView& c = a.cache;
+  const int lane = lane_index();
+  const PackedSide& side = p.sides[static_cast<int>(t.side)];
+  if (lane < side.num_groups) {
+    const Group g = c.format.side(t.side).group_at(lane);
+    const float* clip = (t.side == Side::kKey ? a.k_clip : a.v_clip) + t.head * side.num_groups;
+    s.groups[lane] = {static_cast<std::int16_t>(g.begin / kOctet), static_cast<std::int16_t>(g.end / kOctet),
+                      side.bands[g.band].levels, clip[lane]};
+  }
+  for (int i = lane; i < kTileTokens; i += kWarp) {
+    const int position = c.num_sinks + t.tile * kTileTokens + i;
+    s.rows[i] = position < t.old_len ? ring_row(c, t.side, t.sequence, t.head, position)
+                                          : input_row(a, t.side, t.input + position, t.head);
+  }
+  __syncwarp();
+  for (int octet = lane; octet < p.deal.octets; octet += kWarp) {
+    s.octets[octet] = octet_task(side, t.side, s.groups, octet);
+  }
+  __syncwarp();
+}
+
+// ---- Quantizers ----
+
+SKVQ_DEVICE void store_group_meta(Meta meta, unsigned char* section, int groups, int token, int group,
+                                  const GroupQuantizer& q) {
+  static_assert(Mma::meta(1, 9, 0, 1) == Mma::meta(1, 9, 0, 0) + 1 && Mma::meta(1, 9, 0, 0) % 2 == 0);
+  const int pair = Mma::meta(groups, token, group, 0) / 2;
+  if (meta == Meta::kE4m3) {
+    reinterpret_cast<std::uint16_t*>(section)[pair] = static_cast<std::uint16_t>(q.scale_bits | q.zero_bits << 8);
+  } else {
+    reinterpret_cast<std::uint32_t*>(section)[pair] = q.scale_bits | static_cast<std::uint32_t>(q.zero_bits) << 16;
+  }
+}
+
+template <DType D>
+SKVQ_DEVICE Range range_of_group(const GroupTask& group, const Extremes* of_token) {
+  Extremes e = of_token[group.first];
+  for (int octet = group.first; octet < group.end; octet += 2) {
+    const uint4 two = *reinterpret_cast<const uint4*>(of_token + octet);
+    e = join<D>(e, join<D>({two.x, two.y}, {two.z, two.w}));
+  }
+  return range_of<D>(e);
+}
+
+// Those of the chunk that starts at token `first`, each by one lane: this one starts at token `token` of group `g`.
+template <DType D>
+SKVQ_DEVICE void make_quantizers(const AppendParams& p, const PackTask& t, const PackScratch& s, Exponents exponents,
+                                 int first, int g, int token) {
+  const Meta meta = p.args.cache.format.meta;
+  const PackedSide& side = p.sides[static_cast<int>(t.side)];
+  while (g < side.num_groups) {
+    if (first + token < kTileTokens) {
+      const GroupTask group = s.groups[g];
+      Extremes* of_token = s.extremes + token * p.deal.stride;
+      const Range r = range_of_group<D>(group, of_token);
+      const auto make = [&](Meta type) {
+        return make_group_quantizer(r.low, r.high, r.finite, group.clip, group.levels, type, exponents);
+      };
+      const GroupQuantizer q = meta == Meta::kE4m3 ? make(Meta::kE4m3) : make(Meta::kFp16);
+      of_token[group.first] = {float_bits(q.zero), float_bits(q.inverse)};
+      store_group_meta(meta, t.record + side.meta_offset, side.num_groups, first + token, g, q);
+    }
+    g += p.deal.more_groups;
+    token += p.deal.more_tokens;
+    if (token >= p.deal.chunk_tokens) {
+      token -= p.deal.chunk_tokens;
+      ++g;
+    }
+  }
+}
+
+// ---- Codes ----
+
+template <DType D>
+SKVQ_DEVICE void quantize_octet(const Octet<D>& x, Extremes quantizer, int levels, std::uint32_t (&codes)[kOctet]) {
+  const GroupQuantizer q{bits_float(quantizer.least), 0.0f, bits_float(quantizer.most), 0, 0};
+  unroll<kOctet / 2>([&](auto i) {
+    const ptx::Floats2 two = floats_at(x, i);
+    codes[2 * i] = quantize_bits(two.low, q, levels);
+    codes[2 * i + 1] = quantize_bits(two.high, q, levels);
+  });
+}
+
+// Their lowest bytes.
+SKVQ_DEVICE std::uint32_t bytes_of(std::uint32_t a, std::uint32_t b, std::uint32_t c, std::uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// Codes of two adjacent tokens.
+SKVQ_DEVICE void stage_octets(Side side, const std::uint32_t (&a)[kOctet], const std::uint32_t (&b)[kOctet],
+                              unsigned char* to) {
+  if (side == Side::kKey) {
+    *reinterpret_cast<uint2*>(to) = {bytes_of(a[0], a[1], a[2], a[3]), bytes_of(a[4], a[5], a[6], a[7])};
+    *reinterpret_cast<uint2*>(to + staged_at(side, 1, 0)) = {bytes_of(b[0], b[1], b[2], b[3]),
+                                                             bytes_of(b[4], b[5], b[6], b[7])};
+  } else {
+    *reinterpret_cast<uint4*>(to) = {bytes_of(a[0], b[0], a[1], b[1]), bytes_of(a[2], b[2], a[3], b[3]),
+                                     bytes_of(a[4], b[4], a[5], b[5]), bytes_of(a[6], b[6], a[7], b[7])};
+  }
+}
+
+// The work of a lane on the chunk that starts at token `first`.
+template <DType D>
+struct ChunkLane {
+  const OctetDeal& deal;
+  int first;
+  int pair, octet;  // of the lane in every pass
+
+  SKVQ_DEVICE bool has_pass(int pass) const { return first + 2 * deal.pair_of(pass) < kTileTokens; }
+  SKVQ_DEVICE bool has_work(int pass) const { return pair < deal.pairs && first + 2 * pair_of(pass) < kTileTokens; }
+  SKVQ_DEVICE int pair_of(int pass) const { return deal.pair_of(pass) + pair; }
+  SKVQ_DEVICE int octet_of(int pass) const { return deal.octet_of(pass) + octet; }
+
+  template <class LoadOne>
+  SKVQ_DEVICE void load(const PackScratch& s, Octet<D> (&x)[kPasses<D>][2], LoadOne load_one) const {
+    unroll<kPasses<D>>([&](auto pass) {
+      if (!has_pass(pass)) return;
+      // Lanes without work load what others load too.
+      const int token = min_int(first + 2 * pair_of(pass), kTileTokens - 2);
+      const int offset = octet_of(pass) * kOctet * dtype_bytes(D);
+      x[pass][0] = load_one(s.rows[token] + offset);
+      x[pass][1] = load_one(s.rows[token + 1] + offset);
+    });
+  }
+  SKVQ_DEVICE void find_extremes(const PackScratch& s, const Octet<D> (&x)[kPasses<D>][2]) const {
+    unroll<kPasses<D>>([&](auto pass) {
+      if (!has_work(pass)) return;
+      Extremes* e = s.extremes + 2 * pair_of(pass) * deal.stride + octet_of(pass);
+      e[0] = extremes_of(x[pass][0]);
+      e[deal.stride] = extremes_of(x[pass][1]);
+    });
+  }
+  SKVQ_DEVICE void stage_codes(Side side, const PackScratch& s, const Octet<D> (&x)[kPasses<D>][2]) const {
+    unroll<kPasses<D>>([&](auto pass) {
+      if (!has_work(pass)) return;
+      const OctetTask task = s.octets[octet_of(pass)];
+      const Extremes* quantizers = s.extremes + 2 * pair_of(pass) * deal.stride + task.group;
+      std::uint32_t a[kOctet], b[kOctet];
+      quantize_octet(x[pass][0], quantizers[0], task.levels, a);
+      quantize_octet(x[pass][1], quantizers[deal.stride], task.levels, b);
+      const unsigned token = static_cast<unsigned>(first + 2 * pair_of(pass));
+      const int step = static_cast<int>(token / 16), row = static_cast<int>(token % 16);
+      stage_octets(side, a, b, s.codes + task.staged + step * task.step_bytes + staged_at(side, row, 0));
+    });
+  }
+};
+
+template <DType D>
+SKVQ_DEVICE void quantize_tile(const AppendParams& p, const PackTask& t, const PackScratch& s) {
+  const OctetDeal& deal = p.deal;
+  const unsigned lane = static_cast<unsigned>(lane_index());
+  const int pair = static_cast<int>(lane / static_cast<unsigned>(deal.octets));
+  const int octet = static_cast<int>(lane % static_cast<unsigned>(deal.octets));
+  const int group = static_cast<int>(lane / static_cast<unsigned>(deal.chunk_tokens));
+  const int token = static_cast<int>(lane % static_cast<unsigned>(deal.chunk_tokens));
+  const Exponents exponents = p.args.cache.exponents_of(t.side, t.head);
+  for (int first = 0; first < kTileTokens; first += deal.chunk_tokens) {
+    const ChunkLane<D> work{deal, first, pair, octet};
+    Octet<D> x[kPasses<D>][2];
+    if (p.vectors) {
+      work.load(s, x, [](const unsigned char* from) { return load_octet<D>(from); });
+    } else {
+      work.load(s, x, [](const unsigned char* from) { return load_octet_by_channel<D>(from); });
+    }
+    work.find_extremes(s, x);
+    __syncwarp();
+    make_quantizers<D>(p, t, s, exponents, first, group, token);
+    __syncwarp();
+    work.stage_codes(t.side, s, x);
+    __syncwarp();
+  }
+}
+
+// ---- The tile ----
+
+SKVQ_DEVICE void pack_codes(const AppendParams& p, const PackTask& t, const PackScratch& s) {
+  const PackedSide& packed = p.sides[static_cast<int>(t.side)];
+  const int lane = lane_index();
+  for (int b = 0; b < packed.num_bands; ++b) {
+    const PackedBand& band = packed.bands[b];
+    const StagedCodes codes(t.side, s.codes, band, lane);
+    unsigned char* out = t.record + band.offset;
+    if (band.low_bits == 0) {
+      pack_trits(codes, band.channels, lane, reinterpret_cast<int*>(s.extremes), out);
+      continue;
+    }
+    pack_plane_of(band.low_bits, codes, band.channels, 0, lane, out);
+    if (band.high_bits == 0) continue;
+    out += band.channels * kTileTokens * band.low_bits / 8;
+    pack_plane_of(band.high_bits, codes, band.channels, band.low_bits, lane, out);
+  }
+}
+
+// By all lanes of a warp. A tile without a page is left alone: the host cannot look at a page table on the device
+// without waiting for it, so a table that is too short or holds -1 here loses the tile's tokens.
+template <DType D>
+SKVQ_DEVICE void pack_tile(const AppendParams& p, const TileSlot& slot, int head, Side side, const PackScratch& s) {
+  const CacheView& c = p.args.cache;
+  if (slot.tile >= c.max_pages) return;
+  const std::int64_t page = c.page_table[static_cast<std::int64_t>(slot.sequence) * c.max_pages + slot.tile];
+  if (page < 0 || page >= c.num_pages) return;
+  const PackTask task{slot, head, side, c.pages + (page * c.num_kv_heads + head) * p.record_bytes};
+  prepare(p, task, s);
+  quantize_tile<D>(p, task, s);
+  pack_codes(p, task, s);
+  __syncwarp();
+}
+
+}  // namespace skvq::cuda
