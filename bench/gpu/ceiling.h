@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "cuda/ptx.cuh"
 #include "gpu/bandwidth.h"
@@ -115,9 +116,9 @@ inline void measure_ceilings(Findings& findings, const Device& device, cudaStrea
   for (const bool bulk : {true, false}) {
     if (bulk && device.major < 9) continue;
     double& best = bulk ? best_bulk : best_sixteens;
-    for (const int record_bytes : {4096, 3968, 4352}) {
+    for (const int record_bytes : bulk ? std::vector{4096, 3968, 4352} : std::vector{4096}) {
       for (const int stages : {2, 3}) {
-        for (const int warps : {8, 12, 16}) {
+        for (const int warps : {12, 16}) {
           for (const bool scattered : {false, true}) {
             const CeilingShape shape{record_bytes, stages, warps, bulk, scattered};
             const double rate = ceiling_rate(device, timer, stream, memory, shape, repetitions);

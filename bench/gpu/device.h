@@ -54,8 +54,7 @@ inline double measured_clock_hz(const Device& device, cudaStream_t stream) {
   const auto cycles = static_cast<long long>(seconds * device.peak_clock_hz);
   const Event start, stop;
   start.record(stream);
-  spin<<<1, 1, 0, stream>>>(cycles);
-  cuda_check(cudaGetLastError(), "launching the kernel that counts cycles");
+  cuda::launch("spin", spin, {1}, 1, 0, stream, cycles);
   stop.record(stream);
   return static_cast<double>(cycles) / stop.seconds_since(start);
 }

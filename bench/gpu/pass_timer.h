@@ -6,6 +6,7 @@
 #include <chrono>
 #include <vector>
 
+#include "cuda/launch.cuh"
 #include "gpu/runtime.h"
 #include "timing.h"
 
@@ -44,8 +45,7 @@ class PassTimer {
     std::vector<double> samples;
     for (int i = 0; i < p.repetitions; ++i) {
       prepare();
-      spin<<<1, 1, 0, stream_>>>(delay);
-      cuda_check(cudaGetLastError(), "launching the kernel that waits");
+      cuda::launch("spin", spin, {1}, 1, 0, stream_, delay);
       start_.record(stream_);
       host = std::min(host, enqueue_all(p.calls, enqueue));
       stop_.record(stream_);
