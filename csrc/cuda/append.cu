@@ -167,8 +167,13 @@ PackedSide packed_side(const RecordFormat& format, Side side) {
   for (int b = 0; b < tensor.num_bands; ++b) {
     const Band& band = tensor.bands[b];
     const CodeTraits code = traits(band.code);
-    packed.bands[b] = {band.begin,         band.channels,      code.levels,
-                       code.plane_bits[0], code.plane_bits[1], format.band_offset(side, b)};
+    packed.bands[b] = {band.begin,
+                       band.channels,
+                       code.levels,
+                       code.plane_bits[0],
+                       code.plane_bits[1],
+                       format.band_offset(side, b),
+                       is_base3(band.code) ? Mma::kTritRows : side};
   }
   return packed;
 }

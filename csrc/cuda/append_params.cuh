@@ -10,6 +10,7 @@ struct PackedBand {
   int begin, channels, levels;
   int low_bits, high_bits;  // widths of the planes; 0 and 0 for base 3
   int offset;               // in the record
+  Side rows;                // of which side its matrices are, Mma::kTritRows for base 3
 };
 struct PackedSide {
   PackedBand bands[kMaxBands];
@@ -19,14 +20,14 @@ struct PackedSide {
 
 inline constexpr int kOctet = 8;  // adjacent channels, as one lane loads them
 
-// How the octets of the rows of a tile are dealt to the lanes of a warp. A pass takes two adjacent tokens for each lane;
-// rows of more than 32 octets take two passes. The values of some passes are held at once: a chunk.
+// How the octets of the rows of a tile are dealt to the lanes of a warp. A pass takes two adjacent tokens for each
+// lane; rows of more than 32 octets take two passes. The values of some passes are held at once: a chunk.
 struct OctetDeal {
-  int octets;        // of a row
-  int pairs;         // of tokens in a pass
+  int octets;  // of a row
+  int pairs;   // of tokens in a pass
   int chunk_tokens;
-  int stride;        // octets from token to token in shared memory, twice an odd number: lanes that read two octets
-                     // each of as many tokens meet in no bank
+  int stride;  // octets from token to token in shared memory, twice an odd number: lanes that read two octets
+               // each of as many tokens meet in no bank
   // From pass to pass: pairs of tokens by two passes, and pairs and octets from an even pass to the next.
   int two_passes, next_pairs, next_octets;
   int more_groups, more_tokens;  // 32 as groups of chunk_tokens, and what is left
@@ -35,11 +36,9 @@ struct OctetDeal {
     const int octets = head_dim / kOctet, pairs = octets < kWarp ? kWarp / octets : 1;
     const bool halves = octets > kWarp;
     const int two_passes = halves ? pairs : 2 * pairs, tokens = two_passes * passes;
-    return {octets,     pairs,
-            tokens,     (octets / 2 | 1) * 2,
-            two_passes, halves ? 0 : pairs,
-            halves ? kWarp : 0, kWarp / tokens,
-            kWarp % tokens};
+    return {
+        octets,         pairs,         tokens, (octets / 2 | 1) * 2, two_passes, halves ? 0 : pairs, halves ? kWarp : 0,
+        kWarp / tokens, kWarp % tokens};
   }
   // First pair of tokens of a pass in its chunk, and first octet.
   SKVQ_FN constexpr int pair_of(int pass) const { return pass / 2 * two_passes + pass % 2 * next_pairs; }

@@ -1,8 +1,9 @@
 // The codes of one side of a tile as bytes in shared memory, and from there into the words of the arrangement Mma.
 //
 // They lie matrix by matrix as Mma numbers them, band after band. The two codes of a register are neighbours, so that a
-// lane takes both at once: in the matrix of a K, [token][channel], two channels of a token, and in that of a V, [pair of
-// tokens][channel][2], two tokens of a channel.
+// lane takes both at once: in a matrix whose rows are tokens, [token][channel], two channels of a token, and in one
+// whose rows are channels, [pair of tokens][channel][2], two tokens of a channel. `rows`: the side whose matrices are
+// like it.
 #pragma once
 
 #include "cuda/append_params.cuh"
@@ -16,11 +17,11 @@ SKVQ_FN constexpr int matrix_bytes_of(int channels) {
   return Mma::kSteps * (channels / 16) * kMatrixBytes;
 }
 // Token and channel of a matrix.
-SKVQ_FN constexpr int staged_at(Side side, int token, int channel) {
-  return side == Side::kKey ? token * 16 + channel : token / 2 * 32 + channel * 2 + token % 2;
+SKVQ_FN constexpr int staged_at(Side rows, int token, int channel) {
+  return rows == Side::kKey ? token * 16 + channel : token / 2 * 32 + channel * 2 + token % 2;
 }
-SKVQ_FN constexpr int staged_at(Side side, Mma::Element e) {
-  return side == Side::kKey ? staged_at(side, e.row, e.column) : staged_at(side, e.column, e.row);
+SKVQ_FN constexpr int staged_at(Side rows, Mma::Element e) {
+  return rows == Side::kKey ? staged_at(rows, e.row, e.column) : staged_at(rows, e.column, e.row);
 }
 
 // Where a lane takes its codes of the matrices of a band.
@@ -28,10 +29,10 @@ struct StagedCodes {
   const unsigned char* first;  // register 0 of matrix 0
   int odd, upper;              // bytes from there to registers 1 and 2; both lead to register 3
 
-  SKVQ_DEVICE StagedCodes(Side side, const unsigned char* stage, const PackedBand& band, int lane)
-      : first(stage + matrix_bytes_of(band.begin) + staged_at(side, Mma::element(lane, 0, 0))),
-        odd(staged_at(side, Mma::element(0, 1, 0))),
-        upper(staged_at(side, Mma::element(0, 2, 0))) {}
+  SKVQ_DEVICE StagedCodes(const unsigned char* stage, const PackedBand& band, int lane)
+      : first(stage + matrix_bytes_of(band.begin) + staged_at(band.rows, Mma::element(lane, 0, 0))),
+        odd(staged_at(band.rows, Mma::element(0, 1, 0))),
+        upper(staged_at(band.rows, Mma::element(0, 2, 0))) {}
 
   // Two codes, in bits 0 to 7 and 8 to 15.
   SKVQ_DEVICE std::uint32_t pair(int matrix, int reg) const {

@@ -18,7 +18,8 @@ struct GroupTask {
 };
 // What the lanes need to know that quantize an octet, row after row.
 struct alignas(16) OctetTask {
-  int group;       // its first octet
+  std::int16_t group;  // its first octet
+  Side rows;           // PackedBand::rows
   int levels;
   int staged;      // where the codes of token 0 go
   int step_bytes;  // from there to token 16
@@ -42,7 +43,8 @@ struct PackScratch {
     return deal.chunk_tokens * deal.stride * static_cast<int>(sizeof(Extremes));
   }
   SKVQ_FN static constexpr int bytes(const OctetDeal& deal) {
-    return kRowsBytes + kGroupsBytes + octets_bytes(deal) + extremes_bytes(deal) + matrix_bytes_of(deal.octets * kOctet);
+    return kRowsBytes + kGroupsBytes + octets_bytes(deal) + extremes_bytes(deal) +
+           matrix_bytes_of(deal.octets * kOctet);
   }
 
   SKVQ_DEVICE PackScratch(unsigned char* memory, const OctetDeal& deal)
@@ -66,13 +68,13 @@ struct PackTask : TileSlot {
 
 // ---- Rows, groups and octets of the task ----
 
-SKVQ_DEVICE OctetTask octet_task(const PackedSide& packed, Side side, const GroupTask* groups, int octet) {
+SKVQ_DEVICE OctetTask octet_task(const PackedSide& packed, const GroupTask* groups, int octet) {
   int g = 0;
   while (octet >= groups[g].end) ++g;
   const int channel = octet * kOctet;
   const PackedBand& band = packed.bands[packed.num_bands == 2 && channel >= packed.bands[1].begin ? 1 : 0];
   const int matrix = matrix_bytes_of(band.begin) + (channel - band.begin) / 16 * kMatrixBytes;
-  return {groups[g].first, groups[g].levels, matrix + staged_at(side, 0, channel % 16),
+  return {groups[g].first, band.rows, groups[g].levels, matrix + staged_at(band.rows, 0, channel % 16),
           matrix_bytes_of(band.channels) / Mma::kSteps};
 }
 
@@ -90,11 +92,11 @@ SKVQ_DEVICE void prepare(const AppendParams& p, const PackTask& t, const PackScr
   for (int i = lane; i < kTileTokens; i += kWarp) {
     const int position = c.num_sinks + t.tile * kTileTokens + i;
     s.rows[i] = position < t.old_len ? ring_row(c, t.side, t.sequence, t.head, position)
-                                          : input_row(a, t.side, t.input + position, t.head);
+                                     : input_row(a, t.side, t.input + position, t.head);
   }
   __syncwarp();
   for (int octet = lane; octet < p.deal.octets; octet += kWarp) {
-    s.octets[octet] = octet_task(side, t.side, s.groups, octet);
+    s.octets[octet] = octet_task(side, s.groups, octet);
   }
   __syncwarp();
 }
@@ -167,11 +169,11 @@ SKVQ_DEVICE std::uint32_t bytes_of(std::uint32_t a, std::uint32_t b, std::uint32
 }
 
 // Codes of two adjacent tokens.
-SKVQ_DEVICE void stage_octets(Side side, const std::uint32_t (&a)[kOctet], const std::uint32_t (&b)[kOctet],
+SKVQ_DEVICE void stage_octets(Side rows, const std::uint32_t (&a)[kOctet], const std::uint32_t (&b)[kOctet],
                               unsigned char* to) {
-  if (side == Side::kKey) {
+  if (rows == Side::kKey) {
     *reinterpret_cast<uint2*>(to) = {bytes_of(a[0], a[1], a[2], a[3]), bytes_of(a[4], a[5], a[6], a[7])};
-    *reinterpret_cast<uint2*>(to + staged_at(side, 1, 0)) = {bytes_of(b[0], b[1], b[2], b[3]),
+    *reinterpret_cast<uint2*>(to + staged_at(rows, 1, 0)) = {bytes_of(b[0], b[1], b[2], b[3]),
                                                              bytes_of(b[4], b[5], b[6], b[7])};
   } else {
     *reinterpret_cast<uint4*>(to) = {bytes_of(a[0], b[0], a[1], b[1]), bytes_of(a[2], b[2], a[3], b[3]),
@@ -210,7 +212,7 @@ struct ChunkLane {
       e[deal.stride] = extremes_of(x[pass][1]);
     });
   }
-  SKVQ_DEVICE void stage_codes(Side side, const PackScratch& s, const Octet<D> (&x)[kPasses<D>][2]) const {
+  SKVQ_DEVICE void stage_codes(const PackScratch& s, const Octet<D> (&x)[kPasses<D>][2]) const {
     unroll<kPasses<D>>([&](auto pass) {
       if (!has_work(pass)) return;
       const OctetTask task = s.octets[octet_of(pass)];
@@ -220,7 +222,7 @@ struct ChunkLane {
       quantize_octet(x[pass][1], quantizers[deal.stride], task.levels, b);
       const unsigned token = static_cast<unsigned>(first + 2 * pair_of(pass));
       const int step = static_cast<int>(token / 16), row = static_cast<int>(token % 16);
-      stage_octets(side, a, b, s.codes + task.staged + step * task.step_bytes + staged_at(side, row, 0));
+      stage_octets(task.rows, a, b, s.codes + task.staged + step * task.step_bytes + staged_at(task.rows, row, 0));
     });
   }
 };
@@ -246,7 +248,7 @@ SKVQ_DEVICE void quantize_tile(const AppendParams& p, const PackTask& t, const P
     __syncwarp();
     make_quantizers<D>(p, t, s, exponents, first, group, token);
     __syncwarp();
-    work.stage_codes(t.side, s, x);
+    work.stage_codes(s, x);
     __syncwarp();
   }
 }
@@ -258,7 +260,7 @@ SKVQ_DEVICE void pack_codes(const AppendParams& p, const PackTask& t, const Pack
   const int lane = lane_index();
   for (int b = 0; b < packed.num_bands; ++b) {
     const PackedBand& band = packed.bands[b];
-    const StagedCodes codes(t.side, s.codes, band, lane);
+    const StagedCodes codes(s.codes, band, lane);
     unsigned char* out = t.record + band.offset;
     if (band.low_bits == 0) {
       pack_trits(codes, band.channels, lane, reinterpret_cast<int*>(s.extremes), out);

@@ -154,6 +154,7 @@ struct Mma : FractionTrits {
 
   // Trits: pair `4 u + reg` of a lane. Ten pairs to a word: five in bytes 0 and 2, five in bytes 1 and 3. The pairs
   // that are left over have a word, the two bytes of half a word, or any digit of the bytes at the end.
+  static constexpr Side kTritRows = Side::kValue;  // matrices of both sides have channels as rows
   SKVQ_FN static constexpr int trit_pairs(int channels) { return channels; }
   SKVQ_FN static constexpr int trit_words(int channels) {
     const int whole = trit_pairs(channels) / kPairsPerWord;
@@ -174,7 +175,7 @@ struct Mma : FractionTrits {
     return {tail + index / kTritsPerByte, last - index % kTritsPerByte};
   }
   SKVQ_FN static constexpr Slot trit(int channels, int token, int channel) {
-    const Owner o = owner_of(Side::kValue, token, channel);
+    const Owner o = owner_of(kTritRows, token, channel);
     const int u = token / 16 * (channels / 16) + channel / 16;
     return trit_of_pair(channels, o.lane, u * kRegisters + o.reg, o.half);
   }
