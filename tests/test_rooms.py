@@ -19,7 +19,7 @@ ALLOWED = {
     "csrc/cuda": {"include", "csrc/core", "csrc/cuda"},
     "csrc/torch": {"include", "csrc/core", "csrc/cpu", "csrc/cuda", "csrc/torch"},
     "tests/cpp": {"include", "csrc/core", "csrc/cpu", "csrc/cuda", "tests/cpp"},
-    "tests/simt": {"include", "csrc/core", "csrc/cpu", "csrc/cuda", "tests/simt"},
+    "tests/simt": {"include", "csrc/core", "csrc/cpu", "csrc/cuda", "tests/cpp", "tests/simt"},
     "bench": {"include", "csrc/core", "csrc/cpu", "csrc/cuda", "bench"},
 }
 INCLUDE_ROOTS = ("include", "csrc", "tests", ".")
@@ -99,7 +99,8 @@ def test_includes_follow_the_arrows(path: Path) -> None:
 
 @pytest.mark.parametrize("path", cxx_files(), ids=name_of)
 def test_inline_assembly_lives_in_one_file(path: Path) -> None:
-    if name_of(path) != "csrc/cuda/ptx.cuh":
+    """Of the project, that is; the emulator of tests/simt changes stacks, for which C++ has no words."""
+    if name_of(path) not in {"csrc/cuda/ptx.cuh", "tests/simt/switch.h"}:
         assert not re.search(r"\b(asm|__asm__)\b", code_of(path))
 
 

@@ -1,9 +1,9 @@
 // Append: how tokens arrive, on how many threads and in which arrangement changes nothing.
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "support/cache.h"
-#include "support/threads.h"
 #include "third_party/doctest.h"
 
 namespace skvq {
@@ -19,7 +19,7 @@ void append_in_chunks(Cache& cache, const Tokens& tokens, const std::vector<int>
   int first = 0;
   for (std::size_t i = 0; first < tokens.count; ++i) {
     const int count = std::min(chunks[i % chunks.size()], tokens.count - first);
-    cpu::append(cache.append_args(tokens.only(first, count), first, count), cpu::kSerial);
+    test::append(cache.append_args(tokens.only(first, count), first, count));
     first += count;
   }
 }
@@ -41,6 +41,11 @@ std::vector<float> unpacked(const Cache& cache, Side side) {
                      static_cast<int>(cache.view.num_pages), s.num_kv_heads, k.data(), v.data()},
                     cpu::kSerial);
   return side == Side::kKey ? k : v;
+}
+
+// NaN equals itself here: pages that nobody wrote are full of it.
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 TEST_SUITE_BEGIN("append");
@@ -69,10 +74,10 @@ TEST_CASE("tokens taken back and appended again give the same bytes") {
   straight.append(tokens);
   for (const int at : {100, 101, 170, 229}) {
     Cache detour(shape);
-    cpu::append(detour.append_args(tokens, 0, at), cpu::kSerial);
-    cpu::append(detour.append_args(other, at, shape.rollback), cpu::kSerial);
+    test::append(detour.append_args(tokens, 0, at));
+    test::append(detour.append_args(other, at, shape.rollback));
     detour.kv_len[0] -= shape.rollback;
-    cpu::append(detour.append_args(tokens.only(at, 300 - at), at, 300 - at), cpu::kSerial);
+    test::append(detour.append_args(tokens.only(at, 300 - at), at, 300 - at));
     CAPTURE(at);
     check_equal(straight, detour);
   }
@@ -90,7 +95,7 @@ TEST_CASE("a sequence in a ragged batch gets the bytes it gets alone") {
   for (int b = 0; b < 3; ++b) {
     Cache alone(single);
     const int count = cu_seqlens[b + 1] - cu_seqlens[b];
-    cpu::append(alone.append_args(tokens, cu_seqlens[b], count), cpu::kSerial);
+    test::append(alone.append_args(tokens, cu_seqlens[b], count));
     CHECK(batch.kv_len[b] == alone.kv_len[0]);
     for (int tile = 0; tile < packed_tiles(count, shape.num_sinks, shape.window); ++tile) {
       const int bytes = shape.num_kv_heads * alone.view.format.record_bytes();
@@ -101,23 +106,9 @@ TEST_CASE("a sequence in a ragged batch gets the bytes it gets alone") {
   }
 }
 
-TEST_CASE("one, two and eight threads give the same bytes") {
-  CacheShape shape;
-  shape.k = "3:1/2+2";
-  shape.num_kv_heads = 3;
-  const Tokens tokens(shape, 400, 5);
-  Cache serial(shape);
-  serial.append(tokens);
-  for (const cpu::Parallel& parallel : {test::kThreads<1>, test::kThreads<2>, test::kThreads<8>}) {
-    Cache threaded(shape);
-    threaded.append(tokens, nullptr, parallel);
-    check_equal(serial, threaded);
-  }
-}
-
-TEST_CASE("rows and lanes hold the same values for every format and head_dim") {
+TEST_CASE("the arrangement does not change the values, in any format and head_dim") {
   for (const int head_dim : kHeadDims) {
-    for (const char* format : {"8", "4", "3", "2", "1.5", "1.5fast", "4:1/4+2"}) {
+    for (const std::string format : {"8", "4", "3", "2", "1.5", "1.5fast", "4:1/4+2"}) {
       CacheShape shape;
       shape.head_dim = head_dim;
       shape.num_kv_heads = 1;
@@ -127,15 +118,15 @@ TEST_CASE("rows and lanes hold the same values for every format and head_dim") {
       shape.k = head_dim % 64 == 0 ? format : "2";
       shape.v = head_dim % 64 == 0 ? "3:1/2+1.5" : format[1] == ':' ? "2" : format;
       const Tokens tokens(shape, 70, 6);
-      Cache lanes(shape);
+      Cache fast(shape);
       shape.arrangement = "rows";
       Cache rows(shape);
-      lanes.append(tokens);
-      rows.append(tokens);
+      fast.append(tokens);
+      cpu::append(rows.append_args(tokens, 0, tokens.count), cpu::kSerial);
       CAPTURE(head_dim);
       CAPTURE(format);
-      CHECK(unpacked(lanes, Side::kKey) == unpacked(rows, Side::kKey));
-      CHECK(unpacked(lanes, Side::kValue) == unpacked(rows, Side::kValue));
+      CHECK(same_bits(unpacked(fast, Side::kKey), unpacked(rows, Side::kKey)));
+      CHECK(same_bits(unpacked(fast, Side::kValue), unpacked(rows, Side::kValue)));
     }
   }
 }
@@ -177,7 +168,7 @@ TEST_CASE("a NaN stays in its group") {
               quiet_nan());
   poisoned.append(tokens);
   const auto before = unpacked(clean, Side::kKey), after = unpacked(poisoned, Side::kKey);
-  CHECK(unpacked(clean, Side::kValue) == unpacked(poisoned, Side::kValue));
+  CHECK(same_bits(unpacked(clean, Side::kValue), unpacked(poisoned, Side::kValue)));
   const std::size_t row = (static_cast<std::size_t>(head) * kTileTokens + token - shape.num_sinks) * shape.head_dim;
   for (std::size_t i = 0; i < before.size(); ++i) {
     const bool in_group = i >= row + 64 && i < row + 96;

@@ -1,5 +1,5 @@
 // From one stack to another. Assembly, because no other way is fast enough: swapcontext asks the kernel each time.
-// One of the two files with inline assembly (tests/test_rooms.py).
+// Of the emulator only this file has any (tests/test_rooms.py).
 #pragma once
 
 #include "simt/sanitizers.h"

@@ -8,7 +8,7 @@
 
 #include "core/minifloat.h"
 #include "core/window.h"
-#include "cpu/cpu.h"
+#include "support/backend.h"
 #include "support/formats.h"
 
 namespace skvq::test {
@@ -16,10 +16,10 @@ namespace skvq::test {
 using Bytes = std::vector<std::uint8_t>;
 
 struct CacheShape {
-  std::string k = "2", v = "1.5", meta = "fp8", arrangement = "lanes";
+  std::string k = "2", v = "1.5", meta = "fp8", arrangement = kArrangement;
   int group = 128, head_dim = 128;
   int batch = 1, num_kv_heads = 2, num_sinks = 5, window = 32, rollback = 16, max_pages = 8;
-  DType dtype = DType::kF32;
+  DType dtype = kDType;
 };
 
 inline Bytes to_dtype(const std::vector<float>& x, DType dtype) {
@@ -42,8 +42,8 @@ struct Tokens {
     Tokens poisoned = *this;
     const std::size_t row = k.size() / count;
     for (Bytes* bytes : {&poisoned.k, &poisoned.v}) {
-      std::fill_n(bytes->begin(), first * row, std::uint8_t{0xff});
-      std::fill(bytes->begin() + (first + n) * row, bytes->end(), std::uint8_t{0xff});
+      std::fill_n(bytes->begin(), first * row, kNothing);
+      std::fill(bytes->begin() + (first + n) * row, bytes->end(), kNothing);
     }
     return poisoned;
   }
@@ -65,14 +65,14 @@ class Cache {
     view.ring_slots = ring_slots(s.window, s.rollback);
     view.window = s.window;
     view.dtype = s.dtype;
-    pages.assign(static_cast<std::size_t>(view.num_pages) * s.num_kv_heads * view.format.record_bytes(), 0xee);
+    pages.assign(static_cast<std::size_t>(view.num_pages) * s.num_kv_heads * view.format.record_bytes(), kNothing);
     // Pages in no particular order.
     page_table.resize(view.num_pages);
     std::iota(page_table.begin(), page_table.end(), 0);
     std::shuffle(page_table.begin(), page_table.end(), std::mt19937(7));
     const std::size_t row = static_cast<std::size_t>(s.num_kv_heads) * s.head_dim * dtype_bytes(s.dtype);
-    sink_k.assign(s.batch * s.num_sinks * row, 0xee);
-    ring_k.assign(s.batch * view.ring_slots * row, 0xee);
+    sink_k.assign(s.batch * s.num_sinks * row, kNothing);
+    ring_k.assign(s.batch * view.ring_slots * row, kNothing);
     sink_v = sink_k;
     ring_v = ring_k;
     kv_len.assign(s.batch, 0);
@@ -104,9 +104,8 @@ class Cache {
             k_clip.data(),
             v_clip.data()};
   }
-  void append(const Tokens& tokens, const std::int32_t* cu_seqlens = nullptr,
-              const cpu::Parallel& parallel = cpu::kSerial) {
-    cpu::append(append_args(tokens, 0, tokens.count, cu_seqlens), parallel);
+  void append(const Tokens& tokens, const std::int32_t* cu_seqlens = nullptr) {
+    test::append(append_args(tokens, 0, tokens.count, cu_seqlens));
   }
 
   CacheShape shape;
@@ -126,8 +125,8 @@ struct Queries {
     const CacheShape& s = cache.shape;
     const int heads = s.num_kv_heads * ratio;
     q = to_dtype(random_floats(static_cast<std::size_t>(num_tokens) * heads * s.head_dim, seed), s.dtype);
-    out.assign(q.size(), 0xee);
-    lse.assign(static_cast<std::size_t>(num_tokens) * heads, -1.0f);
+    out.assign(q.size(), kNothing);
+    lse.assign(static_cast<std::size_t>(num_tokens) * heads, quiet_nan());
     args.cache = cache.view;
     args.q = {q.data(), static_cast<std::int64_t>(heads) * s.head_dim, s.head_dim};
     args.queries = {cu_seqlens, num_tokens, s.batch};
