@@ -11,9 +11,9 @@
 namespace skvq::cuda {
 namespace {
 
-constexpr int kPackThreads = 128;    // for large calls, and as many warps as have room for their scratch
+constexpr int kPackThreads = 128;  // for large calls, and as many warps as have room for their scratch
 constexpr int kStoreThreads = 256;
-constexpr int kStoreBatch = 4;       // rows of K and V that a warp has under way at once
+constexpr int kStoreBatch = 4;               // rows of K and V that a warp has under way at once
 constexpr int kMaxScratchBytes = 96 * 1024;  // of a block: what every GPU from sm_80 on has
 // Up to so many tokens one launch does it all: it seldom meets a complete tile, which a single block packs slowly.
 constexpr std::int64_t kFewTokens = 8;

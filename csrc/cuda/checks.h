@@ -23,11 +23,10 @@ inline void check_aligned(const void* p, const char* name) {
 
 inline void check_arrangement(const RecordFormat& format) {
   if (format.arrangement == ArrangementKind::kMma) return;
-  throw std::invalid_argument(
-      concat("the CUDA kernels keep pages in the arrangement ",
-             kArrangementNames[static_cast<int>(ArrangementKind::kMma)], ", and these are in ",
-             kArrangementNames[static_cast<int>(format.arrangement)],
-             ": make the cache on its CUDA device, or repack the pages"));
+  throw std::invalid_argument(concat("the CUDA kernels keep pages in the arrangement ",
+                                     kArrangementNames[static_cast<int>(ArrangementKind::kMma)], ", and these are in ",
+                                     kArrangementNames[static_cast<int>(format.arrangement)],
+                                     ": make the cache on its CUDA device, or repack the pages"));
 }
 
 }  // namespace skvq::cuda

@@ -10,8 +10,8 @@
 namespace skvq::cuda {
 namespace {
 
-constexpr int kRows = 8;     // of one KV head that a block maps together: they share what is read of the matrix
-constexpr int kDepth = 16;   // rows of the matrix that a thread reads ahead; head_dim is a multiple
+constexpr int kRows = 8;    // of one KV head that a block maps together: they share what is read of the matrix
+constexpr int kDepth = 16;  // rows of the matrix that a thread reads ahead; head_dim is a multiple
 constexpr int kGatherThreads = 256;
 
 // The tables of one KV head.

@@ -12,8 +12,8 @@ __global__ void __launch_bounds__(kThreads) merge_rows(const __grid_constant__ M
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * (kThreads / kWarp) + warp_index();
   if (row >= a.rows) return;
   const float lse_a = a.lse_a[row], lse_b = a.lse_b[row];
-  const MergeWeights w = merge({lse_a, lse_a == minus_infinity() ? 0.0f : 1.0f},
-                               {lse_b, lse_b == minus_infinity() ? 0.0f : 1.0f});
+  const MergeWeights w =
+      merge({lse_a, lse_a == minus_infinity() ? 0.0f : 1.0f}, {lse_b, lse_b == minus_infinity() ? 0.0f : 1.0f});
   const float norm = normalizer(w.merged);
   for (int c = lane_index(); c < a.head_dim; c += kWarp) {
     const std::int64_t i = row * a.head_dim + c;

@@ -7,7 +7,7 @@ namespace skvq::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kCopyBatch = 4;                                     // vectors a thread has under way at once
+constexpr int kCopyBatch = 4;                                              // vectors a thread has under way at once
 constexpr std::int64_t kCopyBytes = kThreads * kCopyBatch * kVectorBytes;  // of a page that a block copies
 
 // Blocks (pages, parts of a page). The ids lie on the device, where the host cannot look without waiting: -1 copies
@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kThreads) unpack_records(const __grid_constant
   const std::uint8_t* meta = record + a.format.meta_offset(side);
   const std::int32_t* exponents = a.exponents + head * 4 + (side == Side::kKey ? 0 : 2);
   const std::int64_t values = static_cast<std::int64_t>(kTileTokens) * tensor.head_dim;
-  float* out = (side == Side::kKey ? a.k : a.v) + (blockIdx.x * static_cast<std::int64_t>(a.num_kv_heads) + head) * values;
+  float* out =
+      (side == Side::kKey ? a.k : a.v) + (blockIdx.x * static_cast<std::int64_t>(a.num_kv_heads) + head) * values;
   const int groups = tensor.num_groups();
   for (int g = 0; g < groups; ++g) {
     const Group group = tensor.group_at(g);

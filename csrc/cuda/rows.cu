@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kThreads) quantize_row(const __grid_constant__
     std::uint8_t* out = a.codes + r.bytes;
     for (int first = lane * run; first < r.channels; first += kWarp * run) {
       const int end = min_int(first + run, r.channels);
-      for (int i = first; i < end; ++i) each_part(a.code, r.channels, i, [&](int byte, int, int, int) { out[byte] = 0; });
+      for (int i = first; i < end; ++i)
+        each_part(a.code, r.channels, i, [&](int byte, int, int, int) { out[byte] = 0; });
       for (int i = first; i < end; ++i) {
         const float x = load_float(a.dtype, a.x, r.row * a.num_channels + r.first + i);
         const int value = quantize(x, q, levels);

@@ -59,6 +59,7 @@ SIMT_RUNTIME inline void fiber_main() {
 
 inline void grow(Block& b, unsigned num_threads, std::size_t stack_bytes) {
   if (b.num_fibers >= num_threads) return;
+  WithoutHistory quiet;
   // An odd number of pages, so that stacks do not share cache sets; the first page catches overflows.
   const std::size_t page = 4096, stride = stack_bytes + page;
   const unsigned count = (num_threads + 127) / 128 * 128;
