@@ -20,6 +20,7 @@ ALLOWED = {
     "csrc/torch": {"include", "csrc/core", "csrc/cpu", "csrc/cuda", "csrc/torch"},
     "tests/cpp": {"include", "csrc/core", "csrc/cpu", "csrc/cuda", "tests/cpp"},
     "tests/simt": {"include", "csrc/core", "csrc/cpu", "csrc/cuda", "tests/cpp", "tests/simt"},
+    "tests/ptx": {"include", "csrc/core", "csrc/cuda", "tests/ptx"},
     "bench": {"include", "csrc/core", "csrc/cpu", "csrc/cuda", "bench"},
 }
 INCLUDE_ROOTS = ("include", "csrc", "tests", ".")
@@ -94,7 +95,7 @@ def test_includes_follow_the_arrows(path: Path) -> None:
         elif FRAMEWORK.match(include):
             assert room == "csrc/torch", f"only csrc/torch may include <{include}>"
         elif TOOLKIT.match(include):
-            assert room in {"csrc/cuda", "csrc/torch", "tests/simt", "bench"}, include
+            assert room in {"csrc/cuda", "csrc/torch", "tests/simt", "tests/ptx", "bench"}, include
 
 
 @pytest.mark.parametrize("path", cxx_files(), ids=name_of)

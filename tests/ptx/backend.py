@@ -8,7 +8,7 @@ from ctypes import CFUNCTYPE, POINTER, byref, c_char_p, c_int, c_size_t, c_uint,
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ptx.compiler import Compiled, Source, compile_all, link
+from ptx.compiler import ROOT, Compiled, Source, compile_all, link
 from ptx.errors import PtxError
 from ptx.launch import Program
 from ptx.machine import lay_out
@@ -66,7 +66,9 @@ class Backend:
         for name in ("ptx_append", "ptx_decode_attention", "ptx_decode_workspace_bytes"):
             getattr(self.calls, name).restype = c_char_p
 
-    def _launch(self, name: bytes, grid: object, block: object, shared: int, arguments: object) -> int:
+    def _launch(
+        self, name: bytes, grid: object, block: object, shared: int, arguments: object
+    ) -> int:
         try:
             kernel = name.decode()
             if kernel not in self.programs:
@@ -115,3 +117,24 @@ class Backend:
         self._call("ptx_decode_workspace_bytes", byref(args), byref(size))
         workspace = self.memory.reserve(size.value)
         self._call("ptx_decode_attention", byref(args), c_void_p(workspace))
+
+
+HOST = ROOT / "tests" / "ptx" / "host"
+KERNELS = ROOT / "tests" / "ptx" / "kernels"
+SMALL_INSTANCE = KERNELS / "small_instance.cu"
+
+
+def backend_sources() -> list[Source]:
+    """append, decode with the instances of tests/ptx/kernels, and what they need."""
+    cuda = ROOT / "csrc" / "cuda"
+    return [
+        Source(HOST / "runtime.cpp"),
+        Source(HOST / "interface.cpp"),
+        Source(ROOT / "csrc" / "core" / "format_text.cpp"),
+        Source(cuda / "device.cu"),
+        Source(cuda / "append.cu"),
+        Source(cuda / "combine.cu"),
+        Source(cuda / "decode.cu", (HOST / "list",)),
+        Source(KERNELS / "instances.cu"),
+        Source(SMALL_INSTANCE),
+    ]

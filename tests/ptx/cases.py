@@ -82,7 +82,16 @@ class DeviceCase:
 
     def view(self) -> CacheView:
         case, c = self.case, self.case.cache
-        pointers = ("pages", "page_table", "sink_k", "sink_v", "ring_k", "ring_v", "kv_len", "exponents")
+        pointers = (
+            "pages",
+            "page_table",
+            "sink_k",
+            "sink_v",
+            "ring_k",
+            "ring_v",
+            "kv_len",
+            "exponents",
+        )
         return CacheView(
             *(self.address[name] for name in pointers),
             c.pages.shape[0],

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "ptx"
 ARCHS = (80, 90)
 INCLUDES = ("include", "csrc")
-INPUTS = ("include/**/*.h", "csrc/core/*", "csrc/cuda/**/*", "tests/ptx/host/*", "tests/ptx/kernels/*")
+HEADERS = ("include/**/*.h", "csrc/core/*.h", "csrc/cuda/**/*.h", "csrc/cuda/**/*.cuh")
 
 
 def find_nvcc() -> str | None:
@@ -25,12 +25,12 @@ def find_nvcc() -> str | None:
 
 
 @lru_cache(maxsize=1)
-def inputs_hash() -> str:
-    """Changes with nvcc and with every file that kernels may include."""
+def headers_hash() -> str:
+    """Changes with nvcc and with every header that kernels may include."""
     nvcc = find_nvcc()
     version = subprocess.run([str(nvcc), "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(version)
-    for path in sorted(p for pattern in INPUTS for p in ROOT.glob(pattern) if p.is_file()):
+    for path in sorted(p for pattern in HEADERS for p in ROOT.glob(pattern) if p.is_file()):
         digest.update(path.as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -39,7 +39,9 @@ def inputs_hash() -> str:
 def build_flags() -> dict[str, list[str]]:
     """Flags that CMakeLists.txt gives single files of csrc/cuda, by name."""
     text = (ROOT / "CMakeLists.txt").read_text()
-    found = re.findall(r"set_source_files_properties\(([^)]*?)\s+PROPERTIES\s+COMPILE_OPTIONS\s+([^)]*)\)", text)
+    found = re.findall(
+        r"set_source_files_properties\(([^)]*?)\s+PROPERTIES\s+COMPILE_OPTIONS\s+([^)]*)\)", text
+    )
     return {Path(f).name: flags.split() for files, flags in found for f in files.split()}
 
 
@@ -61,7 +63,7 @@ class Source:
 
     @property
     def key(self) -> str:
-        digest = hashlib.sha256(inputs_hash().encode() + self.path.read_bytes())
+        digest = hashlib.sha256(headers_hash().encode() + self.path.read_bytes())
         digest.update(" ".join(build_flags().get(self.path.name, [])).encode())
         for folder in self.before:
             for path in sorted(p for p in folder.rglob("*") if p.is_file()):

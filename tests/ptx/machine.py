@@ -129,6 +129,10 @@ class Machine:
 
     # ---- Registers and operands ----
 
+    def spread(self, value: Array) -> Array:
+        """An element for every thread, where there may be one for all."""
+        return value if value.shape == (self.n,) else np.broadcast_to(value, self.n)
+
     def predicate(self, operand: Operand) -> Array:
         """A predicate a thread; a constant 0 or 1 serves as one too."""
         if isinstance(operand, Negated):
@@ -194,7 +198,7 @@ class Machine:
                 )
             value = value.astype(storage)
         if self.active is self.everyone:
-            self.registers[operand.slot] = np.broadcast_to(value, self.n)
+            self.registers[operand.slot] = self.spread(value)
         else:
             self.registers[operand.slot] = np.where(self.active, value, self._stored(operand))
 
@@ -211,7 +215,7 @@ class Machine:
         if isinstance(operand.base, Register):
             size = self.launch.kernel.registers[operand.base.slot].size
         address = self.bits(operand.base, size).astype(np.int64) + operand.offset
-        return np.broadcast_to(address, self.n)
+        return self.spread(address)
 
     def locate(
         self,
@@ -280,14 +284,14 @@ class Machine:
         size = values[0].dtype.itemsize
         for backing, index, who in self.locate(space, address, size * len(values), write=True):
             for i, value in enumerate(values):
-                backing.scatter(index[who] + i * size, np.broadcast_to(value, self.n)[who], size)
+                backing.scatter(index[who] + i * size, self.spread(value)[who], size)
 
     # ---- Threads ----
 
     def converge(self, members: Array) -> None:
         """Leaves behind the threads whose partners, by a mask of lanes a thread, have not come to this instruction."""
         here = self.active.reshape(-1, WARP)
-        wanted = np.broadcast_to(members, self.n).astype(np.uint32).reshape(-1, WARP)
+        wanted = self.spread(members).astype(np.uint32).reshape(-1, WARP)
         present = (
             (here.astype(np.uint64) << np.arange(WARP, dtype=np.uint64)).sum(1).astype(np.uint32)
         )
@@ -302,10 +306,10 @@ class Machine:
         """Raises PtxError for the first thread for which `wrong` is true."""
         if wrong.any():
             i = int(np.argmax(wrong))
-            value = int(np.broadcast_to(number, self.n)[i])
+            value = int(self.spread(number)[i])
             shown = hex(value) if abs(value) > WARP else str(value)
             raise PtxError(f"{what} {shown} {problem}: {self.thread_name(i)}")
 
     def thread_name(self, i: int) -> str:
-        at = [int(np.broadcast_to(self.special[f"%ctaid.{axis}"], self.n)[i]) for axis in "xyz"]
+        at = [int(self.spread(self.special[f"%ctaid.{axis}"])[i]) for axis in "xyz"]
         return f"thread {i % self.threads} of block ({at[0]}, {at[1]}, {at[2]})"

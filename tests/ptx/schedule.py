@@ -131,7 +131,7 @@ class Schedule:
         groups: list[Group] = [(pc + 1, rest)] if rest.any() else []
         if instruction.opcode == "bra":
             return [*groups, (label.targets[0], chosen)]
-        index = np.broadcast_to(self.machine.bits(instruction.operands[0], 4), self.machine.n)
+        index = self.machine.spread(self.machine.bits(instruction.operands[0], 4))
         if (index[chosen] >= len(label.targets)).any():
             raise PtxError(f"brx.idx beyond its table of {len(label.targets)} labels")
         taken = [(t, chosen & (index == i)) for i, t in enumerate(label.targets)]

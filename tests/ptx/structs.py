@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import Structure, c_bool, c_float, c_int, c_int64, c_uint8, c_void_p
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar
 
 Fields = list[tuple[str, Any]]
 
@@ -19,11 +19,11 @@ class Meta(IntEnum):
 
 
 class Band(Structure):
-    _fields_: Fields = [("code", c_uint8), ("begin", c_int), ("channels", c_int)]
+    _fields_: ClassVar[Fields] = [("code", c_uint8), ("begin", c_int), ("channels", c_int)]
 
 
 class TensorFormat(Structure):
-    _fields_: Fields = [
+    _fields_: ClassVar[Fields] = [
         ("head_dim", c_int),
         ("group", c_int),
         ("num_bands", c_int),
@@ -32,7 +32,7 @@ class TensorFormat(Structure):
 
 
 class RecordFormat(Structure):
-    _fields_: Fields = [
+    _fields_: ClassVar[Fields] = [
         ("k", TensorFormat),
         ("v", TensorFormat),
         ("meta", c_uint8),
@@ -41,7 +41,7 @@ class RecordFormat(Structure):
 
 
 class CacheView(Structure):
-    _fields_: Fields = [
+    _fields_: ClassVar[Fields] = [
         ("pages", c_void_p),
         ("page_table", c_void_p),
         ("sink_k", c_void_p),
@@ -64,15 +64,23 @@ class CacheView(Structure):
 
 
 class RowsView(Structure):
-    _fields_: Fields = [("data", c_void_p), ("token_stride", c_int64), ("head_stride", c_int64)]
+    _fields_: ClassVar[Fields] = [
+        ("data", c_void_p),
+        ("token_stride", c_int64),
+        ("head_stride", c_int64),
+    ]
 
 
 class Ragged(Structure):
-    _fields_: Fields = [("cu_seqlens", c_void_p), ("num_tokens", c_int64), ("batch", c_int)]
+    _fields_: ClassVar[Fields] = [
+        ("cu_seqlens", c_void_p),
+        ("num_tokens", c_int64),
+        ("batch", c_int),
+    ]
 
 
 class AppendArgs(Structure):
-    _fields_: Fields = [
+    _fields_: ClassVar[Fields] = [
         ("cache", CacheView),
         ("k", RowsView),
         ("v", RowsView),
@@ -83,7 +91,7 @@ class AppendArgs(Structure):
 
 
 class DecodeArgs(Structure):
-    _fields_: Fields = [
+    _fields_: ClassVar[Fields] = [
         ("cache", CacheView),
         ("q", RowsView),
         ("queries", Ragged),

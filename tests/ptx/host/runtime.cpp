@@ -1,6 +1,6 @@
-// A CUDA runtime without a device: the host code of csrc/cuda runs as it is, and each of its launches goes to a function
-// that tests/ptx/backend.py sets, with the kernel's name, grid, shared memory and arguments. What is missing here fails
-// when the library is linked.
+// A CUDA runtime without a device: the host code of csrc/cuda runs as it is, and each of its launches goes to a
+// function that tests/ptx/backend.py sets, with the kernel's name, grid, shared memory and arguments. What is missing
+// here fails when the library is linked.
 #include <cuda_runtime.h>
 
 #include <cstdio>

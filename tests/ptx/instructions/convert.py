@@ -27,7 +27,7 @@ def convert_pair(machine: Machine, ins: Instruction) -> None:
     """Two floats become one register, the first in the upper half; or a register of two becomes another."""
     target, source = ins.scalars[-2:]
     if len(ins.operands) == 3:
-        high, low = (np.broadcast_to(machine.read(o, source), machine.n) for o in ins.operands[1:])
+        high, low = (machine.spread(machine.read(o, source)) for o in ins.operands[1:])
         value = np.stack([low, high], axis=-1)
     else:
         value = machine.read(ins.operands[1], source)
@@ -97,7 +97,7 @@ def convert_address(machine: Machine, ins: Instruction) -> None:
         return
     if space in WINDOWS:
         outside = (address < window) | (address >= window + np.uint64(WINDOW_SIZE))
-        outside = np.broadcast_to(outside, machine.n)
+        outside = machine.spread(outside)
         machine.check(machine.active & outside, "address", address, f"is not in {space} memory")
     machine.write_bits(ins.operands[0], address - window)
 
@@ -108,4 +108,4 @@ def is_in_space(machine: Machine, ins: Instruction) -> None:
     space = ins.modifiers[0].removesuffix("::cta")
     windows = {s: (address >= w) & (address < w + WINDOW_SIZE) for s, w in WINDOWS.items()}
     inside = windows[space] if space in windows else ~np.logical_or.reduce(list(windows.values()))
-    machine.write_bits(ins.operands[0], np.broadcast_to(inside, machine.n))
+    machine.write_bits(ins.operands[0], machine.spread(inside))

@@ -33,7 +33,7 @@ def copy(machine: Machine, ins: Instruction) -> None:
     size = int(np.max(machine.bits(ins.operands[2], 4)))
     source_bytes = np.full(machine.n, size, np.int64)
     if len(ins.operands) > 3:
-        source_bytes = np.broadcast_to(machine.bits(ins.operands[3], 4), machine.n).astype(np.int64)
+        source_bytes = machine.spread(machine.bits(ins.operands[3], 4)).astype(np.int64)
     machine.check(
         machine.active & (source_bytes > size), "source size", source_bytes, f"is more than {size}"
     )
@@ -97,7 +97,7 @@ def known_barrier(machine: Machine, key: int) -> Barrier:
 @instruction("mbarrier", modifiers=f"init {SHARED}", applies=lambda ins: ins.has("init"))
 def init(machine: Machine, ins: Instruction) -> None:
     keys, count = barrier_keys(machine, ins, 0), machine.bits(ins.operands[1], 4)
-    count = np.broadcast_to(count, machine.n)
+    count = machine.spread(count)
     for i in np.flatnonzero(machine.active):
         machine.transfers.barriers[int(keys[i])] = Barrier(int(count[i]), int(count[i]))
 
@@ -113,7 +113,7 @@ def arrive(machine: Machine, ins: Instruction) -> None:
     keys = barrier_keys(machine, ins, 1)
     expected = np.zeros(machine.n, np.int64)
     if ins.has("expect_tx"):
-        expected = np.broadcast_to(machine.bits(ins.operands[2], 4), machine.n).astype(np.int64)
+        expected = machine.spread(machine.bits(ins.operands[2], 4)).astype(np.int64)
     for i in np.flatnonzero(machine.active):
         barrier = known_barrier(machine, int(keys[i]))
         barrier.expected_bytes += int(expected[i])
@@ -128,7 +128,7 @@ def arrive(machine: Machine, ins: Instruction) -> None:
 def try_wait(machine: Machine, ins: Instruction) -> None:
     """Blocks until the phase is over, as it may: the loop around it then ends at its first turn."""
     keys = barrier_keys(machine, ins, 1)
-    parity = np.broadcast_to(machine.bits(ins.operands[2], 4), machine.n) & 1
+    parity = machine.spread(machine.bits(ins.operands[2], 4)) & 1
     done = np.zeros(machine.n, np.bool_)
     for key in np.unique(keys[machine.active]):
         barrier = known_barrier(machine, int(key))
@@ -152,7 +152,7 @@ def try_wait(machine: Machine, ins: Instruction) -> None:
 )
 def copy_bulk(machine: Machine, ins: Instruction) -> None:
     to, source = machine.address(ins.operands[0]), machine.address(ins.operands[1])
-    size = np.broadcast_to(machine.bits(ins.operands[2], 4), machine.n).astype(np.int64)
+    size = machine.spread(machine.bits(ins.operands[2], 4)).astype(np.int64)
     keys = barrier_keys(machine, ins, 3)
     for what, value in (("destination", to), ("source", source), ("size", size)):
         machine.check(machine.active & (value % 16 != 0), what, value, "is no multiple of 16")

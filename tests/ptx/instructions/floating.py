@@ -106,4 +106,4 @@ CLASSES: dict[str, Callable[[Array], Array]] = {
 @instruction("testp", modifiers=" ".join(CLASSES))
 def testp(machine: Machine, ins: Instruction) -> None:
     (x,) = operands(machine, ins)
-    machine.write_bits(ins.operands[0], np.broadcast_to(CLASSES[ins.modifiers[0]](x), machine.n))
+    machine.write_bits(ins.operands[0], machine.spread(CLASSES[ins.modifiers[0]](x)))

@@ -68,9 +68,7 @@ def mad(machine: Machine, ins: Instruction) -> None:
 @instruction("div", "rem", applies=is_integer)
 def div(machine: Machine, ins: Instruction) -> None:
     x, y = operands(machine, ins, 1, 2)
-    machine.check(
-        machine.active & np.broadcast_to(y == 0, machine.n), "divisor", y, "in a division"
-    )
+    machine.check(machine.active & machine.spread(y == 0), "divisor", y, "in a division")
     y = np.where(y == 0, 1, y).astype(y.dtype)
     remainder = np.fmod(x, y)  # truncates, as C and PTX do
     value = remainder if ins.opcode == "rem" else (x - remainder) // y
@@ -118,7 +116,7 @@ def compare(name: str, x: Array, y: Array, scalar: Scalar) -> Array:
 @instruction("setp", modifiers=" ".join((*COMPARE, *WITH_NAN, *COMBINE, "num", "nan")))
 def setp(machine: Machine, ins: Instruction) -> None:
     x, y = operands(machine, ins, 1, 2)
-    result = np.broadcast_to(compare(ins.modifiers[0], x, y, ins.scalar), machine.n)
+    result = machine.spread(compare(ins.modifiers[0], x, y, ins.scalar))
     opposite = ~result
     combine = next((COMBINE[m] for m in ins.modifiers if m in COMBINE), None)
     if combine is not None:
@@ -136,3 +134,22 @@ def setp(machine: Machine, ins: Instruction) -> None:
 def selp(machine: Machine, ins: Instruction) -> None:
     x, y = (machine.bits(o, ins.scalar.size) for o in ins.operands[1:3])
     machine.write_bits(ins.operands[0], np.where(machine.predicate(ins.operands[3]), x, y))
+
+
+def parts(x: Array, count: int, signed: bool) -> Array:
+    """The bytes or halves of 32-bit words, as int64."""
+    kind = f"{'i' if signed else 'u'}{4 // count}"
+    return np.ascontiguousarray(x)[..., None].view(kind).astype(np.int64)
+
+
+@instruction("dp4a", "dp2a", modifiers="lo hi")
+def dot(machine: Machine, ins: Instruction) -> None:
+    """Four bytes times four bytes, or two halves times two of four bytes, added to c."""
+    first, second = ins.scalars
+    x, y, c = (machine.spread(machine.bits(o, 4)) for o in ins.operands[1:])
+    left = parts(x, 4 if ins.opcode == "dp4a" else 2, first.kind == "s")
+    right = parts(y, 4, second.kind == "s")
+    if ins.opcode == "dp2a":
+        right = right[:, 2:] if ins.has("hi") else right[:, :2]
+    total = (left * right).sum(axis=1) + c.astype(np.int64)
+    machine.write_bits(ins.operands[0], total.astype(np.uint32))

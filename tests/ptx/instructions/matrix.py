@@ -25,7 +25,7 @@ GROUP, IN_GROUP = LANE // 4, LANE % 4
 
 def pairs(machine: Machine, operand: Operand, scalar: Scalar) -> Array:
     """[warps, lane, 2] of one register of halves, as float64."""
-    bits = np.broadcast_to(machine.bits(operand, 4), machine.n)
+    bits = machine.spread(machine.bits(operand, 4))
     return unpack(bits, scalar).astype(np.float64).reshape(-1, WARP, 2)
 
 
@@ -52,7 +52,7 @@ def multiply(machine: Machine, ins: Instruction) -> None:
     rows = [GROUP + 8 * (reg // 2) for reg in range(4)]
     columns = [2 * IN_GROUP + reg % 2 for reg in range(4)]
     for reg, operand in enumerate(c):
-        values = np.broadcast_to(machine.read(operand, F32), machine.n)
+        values = machine.spread(machine.read(operand, F32))
         total[:, rows[reg], columns[reg]] = values.reshape(-1, WARP)
     total += left @ right
     for reg, operand in enumerate(d):
@@ -70,7 +70,7 @@ def fragment(matrix: Array, transposed: bool) -> Array:
 @instruction("movmatrix", modifiers="sync aligned m8n8 trans")
 def transpose(machine: Machine, ins: Instruction) -> None:
     machine.converge(ALL_LANES)
-    bits = np.broadcast_to(machine.bits(ins.operands[1], 4), machine.n).reshape(-1, WARP)
+    bits = machine.spread(machine.bits(ins.operands[1], 4)).reshape(-1, WARP)
     matrix = np.empty((len(bits), 8, 8), np.uint16)
     for half in range(2):
         matrix[:, GROUP, 2 * IN_GROUP + half] = bits >> np.uint32(16 * half) & np.uint32(0xFFFF)

@@ -40,7 +40,7 @@ def move(machine: Machine, ins: Instruction) -> None:
         if isinstance(
             source, Name
         ):  # an address or a special register: never wider than what is asked for
-            value = np.broadcast_to(value, machine.n)
+            value = machine.spread(value)
         machine.write_bits(target, value)
 
 
@@ -100,9 +100,7 @@ def atomic(machine: Machine, ins: Instruction) -> None:
     update = UPDATES[next(m for m in ins.modifiers if m in UPDATES)]
     first = 0 if ins.opcode == "red" else 1
     address, scalar = machine.address(ins.operands[first]), ins.scalar
-    inputs = [
-        np.broadcast_to(machine.bits(o, scalar.size), machine.n) for o in ins.operands[first + 1 :]
-    ]
+    inputs = [machine.spread(machine.bits(o, scalar.size)) for o in ins.operands[first + 1 :]]
     results = np.zeros(machine.n, scalar.storage)
     for backing, index, who in machine.locate(space_of(ins), address, scalar.size, write=True):
         view = backing.views[scalar.size]

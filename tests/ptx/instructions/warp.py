@@ -18,7 +18,7 @@ LANES = np.arange(WARP)
 
 
 def by_warp(machine: Machine, value: Array) -> Array:
-    return np.broadcast_to(value, machine.n).reshape(-1, WARP)
+    return machine.spread(value).reshape(-1, WARP)
 
 
 def members_of(machine: Machine, operand: Operand) -> Array:

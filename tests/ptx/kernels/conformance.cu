@@ -86,9 +86,21 @@ __global__ void conform_unpack_e4m3(const uint16_t* pairs, uint32_t* out) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   out[i] = ptx::unpack_e4m3(pairs[i]);
 }
-__global__ void conform_add_f16x2(const uint32_t* a, const uint32_t* b, uint32_t* out) {
+__global__ void conform_pairs(const uint32_t* a, const uint32_t* b, uint32_t* add, uint32_t* min_f16, uint32_t* max_f16,
+                              uint32_t* min_bf16, uint32_t* max_bf16) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  out[i] = ptx::add_f16x2(a[i], b[i]);
+  add[i] = ptx::add_f16x2(a[i], b[i]);
+  min_f16[i] = ptx::min_f16x2(a[i], b[i]);
+  max_f16[i] = ptx::max_f16x2(a[i], b[i]);
+  min_bf16[i] = ptx::min_bf16x2(a[i], b[i]);
+  max_bf16[i] = ptx::max_bf16x2(a[i], b[i]);
+}
+__global__ void conform_floats(const float* a, const float* b, float* ex2, float* min, float* max, float* reciprocal) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  ex2[i] = ptx::ex2(a[i]);
+  min[i] = ptx::min_f32(a[i], b[i]);
+  max[i] = ptx::max_f32(a[i], b[i]);
+  reciprocal[i] = ptx::reciprocal(a[i]);
 }
 __global__ void conform_pack(const float* low, const float* high, uint32_t* f16, uint32_t* bf16) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -101,11 +113,6 @@ __global__ void conform_unpack(const uint32_t* pairs, float2* f16, float2* bf16)
   f16[i] = make_float2(f.low, f.high);
   bf16[i] = make_float2(b.low, b.high);
 }
-__global__ void conform_ex2(const float* x, float* out) {
-  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  out[i] = ptx::ex2(x[i]);
-}
-
 // Two groups of copies: what a thread sees of each before and after it waits. Lane l reads l % 17 of the 16 bytes.
 __global__ void conform_copy_async(const uint4* from, uint4* before, uint4* first, uint4* second) {
   SKVQ_SHARED(Staged, staged);
@@ -151,6 +158,7 @@ __global__ void conform_copy_bulk(const uint4* from, uint4* out) {
     }
     ptx::barrier_wait(&barrier, round % 2);
     out[round * blockDim.x + threadIdx.x] = staged.rows[lane_index()];
+    ptx::proxy_fence();
     __syncthreads();
   }
 #endif

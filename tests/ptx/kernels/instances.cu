@@ -4,7 +4,6 @@
 namespace skvq::cuda {
 
 void ptx_instances(InstanceList& list) {
-  add<Instance<64, 64, K2, V2>>(list);
   add<Instance<128, 128, K2, V1_5>>(list);
   add<Instance<64, 32, K4, V4>>(list);
   add<Instance<64, 64, K3Half2, V2>>(list);
