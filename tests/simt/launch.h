@@ -57,9 +57,9 @@ SIMT_RUNTIME inline void fiber_main() {
 
 // ---- fibers and their stacks, kept from launch to launch ----
 
-inline void grow(Block& b, unsigned num_threads, std::size_t stack_bytes) {
+SIMT_RUNTIME inline void grow(Block& b, unsigned num_threads, std::size_t stack_bytes) {
   if (b.num_fibers >= num_threads) return;
-  WithoutHistory quiet;
+  WithoutHistory quiet;  // or threads that read threadIdx would race with the allocation
   // An odd number of pages, so that stacks do not share cache sets; the first page catches overflows.
   const std::size_t page = 4096, stride = stack_bytes + page;
   const unsigned count = (num_threads + 127) / 128 * 128;
@@ -75,6 +75,17 @@ inline void grow(Block& b, unsigned num_threads, std::size_t stack_bytes) {
   }
   b.fibers = fibers;
   b.num_fibers = count;
+}
+
+SIMT_RUNTIME inline Block& next_block(unsigned turn, unsigned num_threads) {
+  Block*& b = sets[turn % kSets];
+  if (b == nullptr) {
+    WithoutHistory quiet;
+    b = static_cast<Block*>(std::calloc(1, sizeof(Block)));
+    if (b == nullptr) throw Error("the host has no memory for a block");
+  }
+  grow(*b, num_threads, machine.config.stack_bytes);
+  return *b;
 }
 
 SIMT_RUNTIME inline void start_thread(Block& b, unsigned t) {
@@ -237,11 +248,9 @@ inline void run_grid(dim3 blocks, dim3 threads, std::size_t dynamic_bytes, void 
   std::string error;
   unsigned turn = 0;
   for (const std::uint64_t index : block_order(std::uint64_t{blocks.x} * blocks.y * blocks.z)) {
-    Block*& b = sets[turn++ % kSets];
-    if (b == nullptr) b = new Block{};
-    grow(*b, threads.x * threads.y * threads.z, machine.config.stack_bytes);
-    start_block(*b, index, blocks, threads, dynamic_bytes);
-    error = run_block(*b);
+    Block& b = next_block(turn++, threads.x * threads.y * threads.z);
+    start_block(b, index, blocks, threads, dynamic_bytes);
+    error = run_block(b);
     if (!error.empty()) break;
   }
   acquire(&machine.end);
