@@ -87,14 +87,12 @@ SIMT_RUNTIME inline Rendezvous& join(Fiber& f, const Collective& c) {
   check_collective(f, c);
   for (unsigned i = 0; i < w.num_open; ++i) {
     Rendezvous& r = w.open[i];
-    if ((r.mask & c.mask) == 0) continue;
-    if (r.what != c.what || !same(r.here, c.here)) {
-      fail("divergent warp: %s at %s:%u while lanes %08x wait in %s at %s:%u", c.what, SIMT_AT(c.here), r.arrived,
-           r.what, SIMT_AT(r.here));
-    }
-    if (r.mask != c.mask) {
-      fail("%s at %s:%u with mask %08x while lanes %08x wait there with mask %08x", c.what, SIMT_AT(c.here), c.mask,
-           r.arrived, r.mask);
+    const bool alike = r.mask == c.mask;
+    // Lanes may wait for this one while it does something else with others, as long as it does not wait for them.
+    if (!alike && (c.mask & r.arrived) == 0) continue;
+    if (!alike || r.what != c.what || !same(r.here, c.here)) {
+      fail("divergent warp: %s at %s:%u for lanes %08x while lanes %08x wait in %s at %s:%u for lanes %08x", c.what,
+           SIMT_AT(c.here), c.mask, r.arrived, r.what, SIMT_AT(r.here), r.mask);
     }
     return r;
   }

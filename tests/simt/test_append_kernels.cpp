@@ -114,6 +114,19 @@ TEST_CASE("any chunking, in calls of every size") {
   }
 }
 
+TEST_CASE("rows that take the place of rows which a tile needs") {
+  for (const int chunk : {8, 40, 200}) {
+    CacheShape shape;
+    shape.rollback = 0;
+    shape.head_dim = 64;
+    const Tokens tokens(shape, 400, 14);
+    Twins twins(shape);
+    for (int first = 0; first < tokens.count; first += chunk) twins.append(tokens, first, chunk);
+    CAPTURE(chunk);
+    twins.check_equal();
+  }
+}
+
 TEST_CASE("tokens taken back and appended again") {
   const CacheShape shape;
   const Tokens tokens(shape, 300, 2), other(shape, 300, 3);
