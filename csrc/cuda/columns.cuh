@@ -73,11 +73,4 @@ struct QueryReader {
   }
 };
 
-// A number that lane l holds for column l / 4, for the two columns of lane l's accumulators.
-SKVQ_DEVICE void to_accumulator_columns(float of_column, float (&x)[2]) {
-  const int lane = lane_index() % 4 * 8;
-  x[0] = __shfl_sync(kAllLanes, of_column, lane);
-  x[1] = __shfl_sync(kAllLanes, of_column, lane + 4);
-}
-
 }  // namespace skvq::cuda

@@ -75,6 +75,10 @@ Plan make_plan(const DecodeArgs& args) {
   const CacheView& c = args.cache;
   const RecordFormat& f = c.format;
   check_decode_format(f, args.q_dtype, c.dtype);
+  if (c.num_pages * c.num_kv_heads * f.record_bytes() > (std::int64_t{1} << 36)) {
+    throw std::invalid_argument(concat("pages has ", c.num_pages * c.num_kv_heads * f.record_bytes(),
+                                       " bytes; the CUDA kernels address at most 64 GiB in one pool"));
+  }
   Plan plan{&find_instance(f), {}, 0, 0};
   DecodeParams& p = plan.params;
   p.args = args;
@@ -85,7 +89,7 @@ Plan make_plan(const DecodeArgs& args) {
   p.v_meta_offset = f.meta_offset(Side::kValue);
   p.stage_bytes = stage_bytes(p.record_bytes, c.head_dim);
   plan.shared_bytes = static_cast<std::size_t>(plan.instance->warps) * plan.instance->stages * p.stage_bytes;
-  constexpr int kReserved = 2048;  // the kernel's other shared memory, and the 1 KiB the system takes
+  constexpr int kReserved = 3072;  // the kernel's other shared memory, and the 1 KiB the system takes
   const int fit = shared_bytes_per_multiprocessor() / static_cast<int>(plan.shared_bytes + kReserved);
   p.blocks = multiprocessors() * std::max(1, std::min(plan.instance->blocks_per_multiprocessor, fit));
   const std::int64_t rows = args.queries.num_tokens * (args.num_q_heads / c.num_kv_heads);  // of one KV head

@@ -10,14 +10,6 @@
 
 namespace skvq::cuda {
 
-template <class T>
-struct DecodeShared {
-  Item item;                                     // that the block is at
-  std::uint64_t arrived[T::kWarps][T::kStages];  // barriers of the rings
-  ColumnView views[T::kWarps][kColumns];
-  SoftmaxState states[T::kWarps][kColumns];
-};
-
 // The part of an item that a block does: steps and tiles, as [begin, end) each.
 struct Segment {
   TokenRange steps, tiles;
@@ -33,74 +25,109 @@ SKVQ_DEVICE Segment segment_of(const Item& item, int begin, int end) {
   return {{step(first), step(last)}, {tile(first), tile(last)}};
 }
 
-// The records of a warp's tiles, tile, tile + stride, ...; lanes look up 32 pages at once.
+// What a warp keeps in shared memory of its columns.
+template <class T>
+struct WarpShared {
+  ColumnSpan span;
+  TokenRange plain;  // tiles that need no restriction
+  ColumnView views[kColumns];
+  SoftmaxState states[kColumns];
+  QueryNumbers<T> queries;
+};
+
+template <class T>
+struct DecodeShared {
+  std::uint64_t arrived[T::kWarps][T::kStages];  // barriers of the rings
+  TokenRange share;                              // the block's, of the line of all items
+  Item item;                                     // that the block is at, and its part of it
+  Segment segment;
+  WarpShared<T> warps[T::kWarps];
+};
+
+// Where the records of a warp's tiles lie; lanes look up 32 pages at once.
 struct RecordQueue {
-  int tile, end, stride;
+  int end, stride;           // of the warp's tiles
   int looked_up = kWarp;     // of the 32, those that were handed out
   std::uint32_t offset = 0;  // of this lane's record in the pool, in units of 16 bytes
 
-  SKVQ_DEVICE bool empty() const { return tile >= end; }
-  // The next record. Where a page is not there the result of the whole segment must not look like one: `unit` becomes
-  // NaN, and with it every probability from then on.
-  SKVQ_DEVICE const unsigned char* pop(const CacheView& c, const Item& item, int record_bytes, float (&unit)[2]) {
+  // The record of `tile`, where the call before asked for the one `stride` before it. Where a page is not there the
+  // result of the whole segment must not look like one: `units` become NaN, and with them all probabilities from then
+  // on.
+  SKVQ_DEVICE const unsigned char* at(int tile, const CacheView& c, const Item& item, int record_bytes,
+                                      float (&units)[kColumns]) {
     if (looked_up == kWarp) {
       looked_up = 0;
       const int mine = tile + lane_index() * stride;
       const std::int64_t row = static_cast<std::int64_t>(item.sequence) * c.max_pages;
       const std::int32_t page = mine < end ? c.page_table[row + mine] : 0;
       const bool bad = page < 0 || page >= c.num_pages;
-      offset = static_cast<std::uint32_t>(((bad ? 0 : page) * c.num_kv_heads + item.head) * (record_bytes / 16));
-      if (__any_sync(kAllLanes, bad)) unit[0] = unit[1] = quiet_nan();
+      const std::uint32_t record = static_cast<std::uint32_t>(bad ? 0 : page) * c.num_kv_heads + item.head;
+      offset = record * (record_bytes / 16);
+      if (__any_sync(kAllLanes, bad) && lane_index() < kColumns) units[lane_index()] = quiet_nan();
+      __syncwarp();
     }
-    tile += stride;
     return c.pages + static_cast<std::uint64_t>(__shfl_sync(kAllLanes, offset, looked_up++)) * 16;
   }
 };
 
+// By all lanes of the warp.
+template <class T>
+SKVQ_DEVICE void choose_columns(const DecodeParams& p, const Item& item, int column_warp, WarpShared<T>& mine) {
+  const int lane = lane_index();
+  const ColumnSpan span = span_of(p, item, column_warp);
+  if (lane < kColumns) {
+    mine.views[lane] = lane < span.count ? view_of(p.args, item, span.first + lane) : ColumnView{};
+  }
+  __syncwarp();
+  if (lane == 0) {
+    mine.span = span;
+    mine.plain = transforms_logits(p.args) || span.count == 0
+                     ? TokenRange{0, 0}
+                     : plain_tiles(p.args.cache, mine.views[0], mine.views[span.count - 1]);
+  }
+  __syncwarp();
+}
+
 // A warp's share of the tiles of a segment: tiles.begin, tiles.begin + stride, ...
 template <class T, class R>
-SKVQ_DEVICE void attend_tiles(const DecodeParams& p, const Item& item, ColumnSpan span, const ColumnView* views,
-                              TokenRange tiles, int stride, R& ring, Sums<T>& sums) {
+SKVQ_DEVICE void attend_tiles(const DecodeParams& p, const Item& item, WarpShared<T>& mine, TokenRange tiles,
+                              int stride, R& ring, Sums<T>& sums) {
   const CacheView& c = p.args.cache;
   if (c.num_pages == 0) {  // as in RecordQueue, but there is nothing that could be read instead
     sums.denominator[0] = sums.denominator[1] = quiet_nan();
     return;
   }
   const bool fp16 = c.format.meta == Meta::kFp16;
-  const TokenRange plain =
-      transforms_logits(p.args) ? TokenRange{0, 0} : plain_tiles(c, views[0], views[span.count - 1]);
-  RecordQueue records{tiles.begin, tiles.end, stride};
+  RecordQueue records{tiles.end, stride};
   PackedQueries<T> q;
-  load_queries<T>(p.args, item, span, q);
+  load_queries<T>(p.args, item, mine.span, mine.queries, q);
   sums.clear();
   float zeros[T::kValueGroups][2] = {};
-  float limit[2] = {minus_infinity(), minus_infinity()}, base[2] = {};
-  const auto load_next = [&](auto ahead) {
-    const bool there = !records.empty();
-    const unsigned char* from = there ? records.pop(c, item, p.record_bytes, q.unit) : nullptr;
+  const auto load = [&](auto ahead, int tile) {
+    const bool there = tile < tiles.end;
+    const unsigned char* from = there ? records.at(tile, c, item, p.record_bytes, mine.queries.units) : nullptr;
     ring.template load<ahead, T::kMaxRecordBytes>(there, from, p.record_bytes);
   };
   ring.written();
-  unroll<T::kStages - 1>(load_next);
+  unroll<T::kStages - 1>([&](auto ahead) { load(ahead, tiles.begin + ahead * stride); });
   for (int tile = tiles.begin; tile < tiles.end; tile += stride) {
     unsigned char* record = ring.next();
-    load_next(Constant<T::kStages - 2>{});
+    load(Constant<T::kStages - 2>{}, tile + (T::kStages - 1) * stride);
     float s[Mma::kSteps][4];
-    tile_logits<T>(p, q, record, fp16, s);
-    if (tile < plain.begin || tile >= plain.end) {
-      restrict_tile<T>(p, views, span.count, q.unit, c.num_sinks + tile * kTileTokens, record, fp16, s);
+    tile_logits<T>(p, q, mine.queries, record, fp16, s);
+    const float2 unit = mine.queries.pair(mine.queries.units);
+    if (tile < mine.plain.begin || tile >= mine.plain.end) {
+      restrict_tile<T>(p, mine.views, mine.span.count, unit, c.num_sinks + tile * kTileTokens, record, fp16, s);
       ring.written();
     }
     float top[2] = {s[0][0], s[0][1]};
     unroll<Mma::kSteps>([&](auto step) { unroll<4>([&](auto j) { top[j % 2] = fmaxf(top[j % 2], s[step][j]); }); });
-    if (__any_sync(kAllLanes, top[0] > limit[0] || top[1] > limit[1])) {
-      raise_reference(sums, zeros, top[0] * q.unit[0], top[1] * q.unit[1]);
-      unroll<2>([&](auto column) {
-        limit[column] = sums.reference[column] * ptx::reciprocal(q.unit[column]);
-        base[column] = sums.base(column);
-      });
+    top[0] *= unit.x;
+    top[1] *= unit.y;
+    if (__any_sync(kAllLanes, top[0] > sums.reference[0] || top[1] > sums.reference[1])) {
+      raise_reference(sums, zeros, top[0], top[1]);
     }
-    tile_values<T>(p, s, q.unit, base, record, fp16, sums, zeros);
+    tile_values<T>(p, s, unit, record, fp16, sums, zeros);
   }
   ring.drain();
   apply_value_units(c, item.head, sums, zeros);
@@ -114,7 +141,7 @@ SKVQ_DEVICE void store_segment(const DecodeParams& p, const Item& item, DecodeSh
   float* mine = reinterpret_cast<float*>(memory + warp * warp_bytes);  // [kColumns][head_dim]
   unroll<2>([&](auto column) {
     sums.denominator[column] = sum_of_column(sums.denominator[column]);
-    if (lane < 4) shared.states[warp][lane * 2 + column] = sums.state(column);
+    if (lane < 4) shared.warps[warp].states[lane * 2 + column] = sums.state(column);
   });
   unroll<T::kBlocks>([&](auto block) {
     unroll<4>([&](auto i) {
@@ -129,7 +156,7 @@ SKVQ_DEVICE void store_segment(const DecodeParams& p, const Item& item, DecodeSh
     SoftmaxState total = empty_state();
     float out = 0.0f;
     for (int w = column / kColumns; w < T::kWarps; w += item.warps) {
-      const MergeWeights weights = merge(total, shared.states[w][in_warp]);
+      const MergeWeights weights = merge(total, shared.warps[w].states[in_warp]);
       const float* theirs = reinterpret_cast<const float*>(memory + w * warp_bytes);
       out = out * weights.a + theirs[in_warp * T::kHeadDim + channel] * weights.b;
       total = weights.merged;
@@ -145,36 +172,38 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerMultiprocessor) atte
   SKVQ_DYNAMIC_SHARED(memory);
   SKVQ_SHARED(DecodeShared<T>, shared);
   const int warp = warp_index(), lane = lane_index(), warp_bytes = T::kStages * p.stage_bytes;
-  unsigned char* mine = memory + warp * warp_bytes;
-  Ring<T::kStages> ring(mine, p.stage_bytes, shared.arrived[warp]);
-  const int total = total_cost(p), share = cost_per_block(p, total);
-  const int end = min_int(total, (static_cast<int>(blockIdx.x) + 1) * share);
-  for (int at = static_cast<int>(blockIdx.x) * share; at < end;) {
+  unsigned char* rows = memory + warp * warp_bytes;  // the ring's memory, between its uses
+  WarpShared<T>& mine = shared.warps[warp];
+  Ring<T::kStages> ring(rows, p.stage_bytes, shared.arrived[warp]);
+  if (warp == 0) {
+    const int total = total_cost(p), share = cost_per_block(p, total), begin = static_cast<int>(blockIdx.x) * share;
+    if (lane == 0) shared.share = {begin, min_int(total, begin + share)};
+  }
+  __syncthreads();
+  for (int at = shared.share.begin; at < shared.share.end;) {
     const Item& item = shared.item;
     if (warp == 0) {
       const Item found = find_item(p, at);
-      if (lane == 0) shared.item = found;
+      if (lane == 0) {
+        shared.item = found;
+        shared.segment = segment_of(found, at, shared.share.end);
+      }
     }
     __syncthreads();
-    const Segment segment = segment_of(item, at, end);
+    const Segment& segment = shared.segment;
     const int stride = T::kWarps / item.warps, first = warp / item.warps;
-    const ColumnSpan span = span_of(p, item, warp % item.warps);
-    if (lane < kColumns) {
-      shared.views[warp][lane] = lane < span.count ? view_of(p.args, item, span.first + lane) : ColumnView{};
-    }
-    __syncwarp();
+    choose_columns(p, item, warp % item.warps, mine);
     Sums<T> sums;
     sums.clear();
-    if (span.count > 0) {
-      const ColumnView* views = shared.views[warp];
+    if (mine.span.count > 0) {
       if (segment.tiles.begin + first < segment.tiles.end) {
-        attend_tiles<T>(p, item, span, views, {segment.tiles.begin + first, segment.tiles.end}, stride, ring, sums);
+        attend_tiles<T>(p, item, mine, {segment.tiles.begin + first, segment.tiles.end}, stride, ring, sums);
       }
-      const int begin = segment.steps.begin + first;
+      const TokenRange steps{segment.steps.begin + first, segment.steps.end};
       if (p.args.cache.dtype == DType::kBf16) {
-        attend_rows<T, true>(p.args, item, span, views, begin, segment.steps.end, stride, mine, sums);
+        attend_rows<T, true>(p.args, item, mine.span, mine.views, steps, stride, rows, sums);
       } else {
-        attend_rows<T, false>(p.args, item, span, views, begin, segment.steps.end, stride, mine, sums);
+        attend_rows<T, false>(p.args, item, mine.span, mine.views, steps, stride, rows, sums);
       }
     }
     at = item.end;

@@ -79,7 +79,7 @@ template <class T, bool Bf16>
 SKVQ_DEVICE void step_values(const float (&s)[4], const unsigned char* rows, Sums<T>& sums) {
   const int lane = lane_index(), matrix = lane / 8, row = lane % 8 + matrix / 2 * 8;
   float p[4], rest[4];
-  unroll<4>([&](auto i) { p[i] = ptx::ex2(s[i] - sums.base(i % 2)); });
+  unroll<4>([&](auto i) { p[i] = ptx::ex2(s[i] - sums.reference[i % 2]); });
   sums.denominator[0] += p[0] + p[2];
   sums.denominator[1] += p[1] + p[3];
   std::uint32_t low[2], high[2];
@@ -101,15 +101,15 @@ SKVQ_DEVICE void step_values(const float (&s)[4], const unsigned char* rows, Sum
   });
 }
 
-// Steps begin, begin + stride, ... below `end`. The rows of V arrive while logits are computed, the next rows of K
+// Steps steps.begin, steps.begin + stride, ... The rows of V arrive while logits are computed, the next rows of K
 // while values are.
 template <class T, bool Bf16>
-SKVQ_DEVICE void attend_rows(const DecodeArgs& a, const Item& item, ColumnSpan span, const ColumnView* views, int begin,
-                             int end, int stride, unsigned char* memory, Sums<T>& sums) {
-  if (begin >= end) return;
+SKVQ_DEVICE void attend_rows(const DecodeArgs& a, const Item& item, ColumnSpan span, const ColumnView* views,
+                             TokenRange steps, int stride, unsigned char* memory, Sums<T>& sums) {
+  if (steps.begin >= steps.end) return;
   const CacheView& c = a.cache;
   unsigned char *k_rows = memory, *v_rows = memory + kStepTokens * T::kHeadDim * 2;
-  RowStep step = row_step(item.work, begin);
+  RowStep step = row_step(item.work, steps.begin);
   copy_rows<T, Side::kKey>(c, item, step, k_rows);
   copy_rows<T, Side::kValue>(c, item, step, v_rows);
   const QueryReader reader(a, item, span);
@@ -117,8 +117,8 @@ SKVQ_DEVICE void attend_rows(const DecodeArgs& a, const Item& item, ColumnSpan s
   unroll<T::kBlocks>([&](auto block) {
     unroll<2>([&](auto half) { q[block][half] = reader.pair(block * 16 + lane_index() % 4 * 2 + half * 8); });
   });
-  for (int index = begin; index < end; index += stride) {
-    const bool more = index + stride < end;
+  for (int index = steps.begin; index < steps.end; index += stride) {
+    const bool more = index + stride < steps.end;
     const RowStep next = more ? row_step(item.work, index + stride) : step;
     float s[4], none[1][2] = {};
     ptx::wait_copies<1>();

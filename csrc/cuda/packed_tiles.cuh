@@ -84,6 +84,18 @@ struct MetaReader {
   }
 };
 
+// Numbers of the eight columns that are read once a tile, in shared memory because registers are dear.
+template <class T>
+struct alignas(16) QueryNumbers {
+  float sums[T::kKeyGroups][kColumns];  // of a query over the channels of a group, in units of zero / scale
+  float units[kColumns];                // of a product with codes, in units of log 2; positive
+
+  // Of the two columns of this lane's accumulators.
+  SKVQ_DEVICE static float2 pair(const float (&of_columns)[kColumns]) {
+    return *reinterpret_cast<const float2*>(of_columns + lane_index() % 4 * 2);
+  }
+};
+
 // Queries as the B operand of the products with codes. A query is multiplied by a power of two of its own, so that fp16
 // holds it exactly, and by one for each block that undoes the bit at which codes lie.
 template <class T>
@@ -92,8 +104,6 @@ struct PackedQueries {
   static constexpr int kHighestBit = 8;   // largest operand_bit
 
   std::uint32_t b[T::kBlocks][2];
-  float sum[T::kKeyGroups][2];  // over the channels of a group, in units of zero / scale
-  float unit[2];                // of a product with codes, in units of log 2; positive
 };
 
 SKVQ_DEVICE ptx::Floats2 unpack_row(DType dtype, std::uint32_t pair) {
@@ -102,9 +112,10 @@ SKVQ_DEVICE ptx::Floats2 unpack_row(DType dtype, std::uint32_t pair) {
 
 // By all lanes of the warp.
 template <class T>
-SKVQ_DEVICE void load_queries(const DecodeArgs& a, const Item& item, ColumnSpan span, PackedQueries<T>& q) {
+SKVQ_DEVICE void load_queries(const DecodeArgs& a, const Item& item, ColumnSpan span, QueryNumbers<T>& numbers,
+                              PackedQueries<T>& q) {
   const QueryReader reader(a, item, span);
-  const int channel = lane_index() % 4 * 2;
+  const int channel = lane_index() % 4 * 2, column = lane_index() / 4;
   float largest = 0.0f;
   unroll<T::kBlocks>([&](auto block) {
     unroll<2>([&](auto half) {
@@ -123,6 +134,7 @@ SKVQ_DEVICE void load_queries(const DecodeArgs& a, const Item& item, ColumnSpan 
   // A negative scale goes into the queries, so that logits keep the order of the products; so does 0.
   const float sign = a.softmax_scale < 0.0f ? -1.0f : a.softmax_scale > 0.0f ? 1.0f : 0.0f;
   const float factor = sign * power_of_two(grow);
+  constexpr int kOperand = PackedQueries<T>::kHighestBit + kOperandExponent;
   unroll<T::kKeyGroups>([&](auto g) {
     constexpr Group group = T::kKey.group_at(g);
     float sum = 0.0f;
@@ -136,19 +148,21 @@ SKVQ_DEVICE void load_queries(const DecodeArgs& a, const Item& item, ColumnSpan 
       });
     });
     for (int distance = 1; distance < 4; distance *= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
-    constexpr int operand = PackedQueries<T>::kHighestBit + kOperandExponent;
-    to_accumulator_columns(sum * factor * power_of_two(operand) * power_of_two(e.zero - e.scale), q.sum[g]);
+    if (channel == 0) {
+      numbers.sums[g][column] = sum * factor * power_of_two(kOperand) * power_of_two(e.zero - e.scale);
+    }
   });
-  constexpr int operand = PackedQueries<T>::kHighestBit + kOperandExponent;
-  const float scale = fabsf(a.softmax_scale) * kLog2e * power_of_two(-operand) * power_of_two(e.scale);
-  to_accumulator_columns(power_of_two(-grow), q.unit);
-  unroll<2>([&](auto column) { q.unit[column] = sign == 0.0f ? 1.0f : larger(q.unit[column] * scale, 0x1p-120f); });
+  const float scale = fabsf(a.softmax_scale) * kLog2e * power_of_two(-kOperand) * power_of_two(e.scale);
+  if (channel == 0) {
+    numbers.units[column] = sign == 0.0f ? 1.0f : larger(power_of_two(-grow) * scale, 0x1p-120f);
+  }
+  __syncwarp();
 }
 
 // Logits of one tile in the units of the queries, [step][accumulator].
 template <class T>
-SKVQ_DEVICE void tile_logits(const DecodeParams& p, const PackedQueries<T>& q, const unsigned char* record, bool fp16,
-                             float (&s)[Mma::kSteps][4]) {
+SKVQ_DEVICE void tile_logits(const DecodeParams& p, const PackedQueries<T>& q, const QueryNumbers<T>& numbers,
+                             const unsigned char* record, bool fp16, float (&s)[Mma::kSteps][4]) {
   const int lane = lane_index();
   SideReader<T, Side::kKey> codes(record, lane);
   MetaReader<T::kKeyGroups> metas(record + p.k_meta_offset, fp16, lane);
@@ -163,10 +177,12 @@ SKVQ_DEVICE void tile_logits(const DecodeParams& p, const PackedQueries<T>& q, c
         ptx::mma_f16(product, a, q.b[block][0], q.b[block][1]);
       });
       const TokenMeta meta = metas.template read<step, g>();
+      const float2 sums = numbers.pair(numbers.sums[g]);
       unroll<4>([&](auto i) {
         const ptx::Floats2 m = i < 2 ? meta.low : meta.high;
         const float before = g == 0 ? 0.0f : s[step][i];
-        const float zero = g == 0 ? m.high * q.sum[g][i % 2] : fmaf(m.high, q.sum[g][i % 2], before);
+        const float sum = i % 2 == 0 ? sums.x : sums.y;
+        const float zero = g == 0 ? m.high * sum : fmaf(m.high, sum, before);
         s[step][i] = fmaf(product[i], m.low, zero);
       });
     });
@@ -176,8 +192,8 @@ SKVQ_DEVICE void tile_logits(const DecodeParams& p, const PackedQueries<T>& q, c
 // A tile at a border, or logits that are transformed: what a column must not see becomes minus infinity, and scales and
 // zeros of tokens that no column sees become 0, so that a NaN among them touches nothing.
 template <class T>
-SKVQ_DEVICE void restrict_tile(const DecodeParams& p, const ColumnView* views, int columns, const float (&unit)[2],
-                               int position, unsigned char* record, bool fp16, float (&s)[Mma::kSteps][4]) {
+SKVQ_DEVICE void restrict_tile(const DecodeParams& p, const ColumnView* views, int columns, float2 unit, int position,
+                               unsigned char* record, bool fp16, float (&s)[Mma::kSteps][4]) {
   const int lane = lane_index();
 #pragma unroll 1
   for (int t = lane; t < kTileTokens; t += kWarp) {
@@ -197,7 +213,7 @@ SKVQ_DEVICE void restrict_tile(const DecodeParams& p, const ColumnView* views, i
 #pragma unroll 1
   for (int i = 0; i < Mma::kSteps * 4; ++i) {
     const ColumnView view = views[lane % 4 * 2 + i % 2];
-    const float of_log2 = i % 2 == 0 ? unit[0] : unit[1];
+    const float of_log2 = i % 2 == 0 ? unit.x : unit.y;
     const int at = position + i / 4 * kStepTokens + lane / 4 + i / 2 % 2 * 8;
     float logit = s[0][0];
     if (transforms) logit = transform_logit(p.args, logit * of_log2, view.shift) * ptx::reciprocal(of_log2);
@@ -210,15 +226,17 @@ SKVQ_DEVICE void restrict_tile(const DecodeParams& p, const ColumnView* views, i
 
 // Probabilities of a tile times its values, onto the sums.
 template <class T>
-SKVQ_DEVICE void tile_values(const DecodeParams& p, const float (&s)[Mma::kSteps][4], const float (&unit)[2],
-                             const float (&base)[2], const unsigned char* record, bool fp16, Sums<T>& sums,
+SKVQ_DEVICE void tile_values(const DecodeParams& p, const float (&s)[Mma::kSteps][4], float2 unit,
+                             const unsigned char* record, bool fp16, Sums<T>& sums,
                              float (&zeros)[T::kValueGroups][2]) {
   const int lane = lane_index();
   SideReader<T, Side::kValue> codes(record + p.v_codes_offset, lane);
   MetaReader<T::kValueGroups> metas(record + p.v_meta_offset, fp16, lane);
   unroll<Mma::kSteps>([&](auto step) {
     float probability[4];
-    unroll<4>([&](auto i) { probability[i] = ptx::ex2(fmaf(s[step][i], unit[i % 2], -base[i % 2])); });
+    unroll<4>([&](auto i) {
+      probability[i] = ptx::ex2(fmaf(s[step][i], i % 2 == 0 ? unit.x : unit.y, -sums.reference[i % 2]));
+    });
     sums.denominator[0] += probability[0] + probability[2];
     sums.denominator[1] += probability[1] + probability[3];
     unroll<T::kValueGroups>([&](auto g) {

@@ -14,12 +14,15 @@ inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // The reference, what logits are reduced by, is set this far above the largest logit and then kept until one exceeds
 // it: probabilities stay at most 1, and most tiles need no correction of what was summed before.
 inline constexpr float kHeadroom = 4.0f;
+// The reference while nothing was seen: so low that any logit exceeds it, and finite, so that minus infinity (a token
+// that must not be seen) less it is still minus infinity.
+inline constexpr float kNothingSeen = -0x1p126f;
 
 template <class T>
 struct Sums {
   float out[T::kBlocks][4];
   float denominator[2];
-  float reference[2];  // minus infinity while nothing was seen
+  float reference[2];
 
   SKVQ_DEVICE void clear() {
     for (float (&block)[4] : out) {
@@ -27,11 +30,9 @@ struct Sums {
     }
     for (int column = 0; column < 2; ++column) {
       denominator[column] = 0.0f;
-      reference[column] = minus_infinity();
+      reference[column] = kNothingSeen;
     }
   }
-  // What to subtract from a logit.
-  SKVQ_DEVICE float base(int column) const { return reference[column] == minus_infinity() ? 0.0f : reference[column]; }
   // The sums as core/softmax.h knows them; the denominator must be that of all lanes.
   SKVQ_DEVICE SoftmaxState state(int column) const {
     return denominator[column] == 0.0f ? empty_state() : SoftmaxState{reference[column] * kLn2, denominator[column]};
@@ -59,10 +60,8 @@ SKVQ_DEVICE void raise_reference(Sums<T>& sums, float (&extra)[N][2], float top0
   float factor[2];
   unroll<2>([&](auto column) {
     const float old = sums.reference[column];
-    const bool raise = top[column] > old;
-    const float next = raise ? top[column] + kHeadroom : old;
-    factor[column] = raise ? (old == minus_infinity() ? 0.0f : ptx::ex2(old - next)) : 1.0f;
-    sums.reference[column] = next;
+    sums.reference[column] = top[column] > old ? top[column] + kHeadroom : old;
+    factor[column] = ptx::ex2(old - sums.reference[column]);
     sums.denominator[column] *= factor[column];
   });
   unroll<T::kBlocks>([&](auto block) { unroll<4>([&](auto i) { sums.out[block][i] *= factor[i % 2]; }); });
