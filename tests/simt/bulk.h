@@ -70,6 +70,7 @@ __attribute__((noinline)) SIMT_RUNTIME inline void mbarrier_arrive_expect(std::u
 // Until the phase of this parity is complete. A thread that comes two phases late waits for the wrong one, as on
 // hardware.
 __attribute__((noinline)) SIMT_RUNTIME inline void mbarrier_wait(std::uint64_t* word, unsigned parity, Location here) {
+  if (is_skipped(here)) return;
   Fiber& f = *current;
   PhaseBarrier& m = barrier_at(*f.block, word, "mbarrier.try_wait", here, SIMT_CALLER);
   if (parity > 1) fail("mbarrier.try_wait at %s:%u: parity %u", SIMT_AT(here), parity);

@@ -38,6 +38,7 @@ __attribute__((noinline)) SIMT_RUNTIME inline int sync_block(const char* what, V
   Fiber& f = *current;
   Block& b = *f.block;
   BlockBarrier& r = b.barrier;
+  if (is_skipped(here)) return 0;
   check_block_barrier(b, what, here);
   if (r.arrived == 0) {
     r.here = here;
@@ -136,6 +137,7 @@ SIMT_RUNTIME inline T& out_of(Warp& w, unsigned lane) {
 }
 
 __attribute__((noinline)) SIMT_RUNTIME inline void sync_warp(unsigned mask, Location here) {
+  if (is_skipped(here)) return;
   collective<int>({"__syncwarp", mask, here, false, true}, 0, [](Warp&, unsigned) SIMT_RUNTIME {});
 }
 

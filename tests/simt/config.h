@@ -39,6 +39,9 @@ struct Config {
   std::uint64_t seed = 1;
   int multiprocessors = 3;
   std::size_t stack_bytes = std::size_t{256} << 10;  // of a thread
+  // A __syncthreads, __syncwarp or wait for an mbarrier that is left out, to see what it is there for.
+  char skipped_file[64] = "";
+  unsigned skipped_line = 0;
 };
 
 template <class Enum, std::size_t N>
@@ -53,17 +56,33 @@ Enum choice_from_environment(const char* variable, const char* const (&names)[N]
   throw Error(std::string(variable) + ": expected one of " + possible + "; found \"" + text + "\"");
 }
 
+inline unsigned long long number_of(const char* variable, const char* text) {
+  char* end = nullptr;
+  const unsigned long long number = std::strtoull(text, &end, 10);
+  if (end == text || *end != '\0') {
+    throw Error(std::string(variable) + ": expected a number, found \"" + text + "\"");
+  }
+  return number;
+}
+
+inline void skip_from_environment(Config& c) {
+  const char* text = std::getenv("SKVQ_SIMT_SKIP");
+  if (text == nullptr) return;
+  const char* colon = std::strrchr(text, ':');
+  const std::size_t length = colon == nullptr ? 0 : static_cast<std::size_t>(colon - text);
+  if (length == 0 || length >= sizeof c.skipped_file) {
+    throw Error(std::string("SKVQ_SIMT_SKIP: expected file:line, for example ring.cuh:78; found \"") + text + "\"");
+  }
+  std::memcpy(c.skipped_file, text, length);
+  c.skipped_line = static_cast<unsigned>(number_of("SKVQ_SIMT_SKIP", colon + 1));
+}
+
 inline Config config_from_environment() {
   Config c;
   c.order = choice_from_environment("SKVQ_SIMT_ORDER", kOrderNames, c.order);
   c.async = choice_from_environment("SKVQ_SIMT_ASYNC", kAsyncNames, c.async);
-  if (const char* text = std::getenv("SKVQ_SIMT_SEED")) {
-    char* end = nullptr;
-    c.seed = std::strtoull(text, &end, 10);
-    if (end == text || *end != '\0') {
-      throw Error(std::string("SKVQ_SIMT_SEED: expected a number, found \"") + text + "\"");
-    }
-  }
+  if (const char* text = std::getenv("SKVQ_SIMT_SEED")) c.seed = number_of("SKVQ_SIMT_SEED", text);
+  skip_from_environment(c);
   return c;
 }
 

@@ -166,6 +166,12 @@ SIMT_RUNTIME inline bool same(const Location& a, const Location& b) {
   while (p != q && *p == *q && *p != '\0') ++p, ++q;
   return p == q || *p == *q;
 }
+SIMT_RUNTIME inline bool is_skipped(const Location& here) {
+  if (here.line != machine.config.skipped_line) return false;
+  const char *p = file_name(here.file), *q = machine.config.skipped_file;
+  while (*p == *q && *p != '\0') ++p, ++q;
+  return *p == *q;
+}
 // Two arguments for a format "%s:%u".
 #define SIMT_AT(location) ::simt::file_name((location).file), (location).line
 
