@@ -36,17 +36,19 @@ int run_all(const DeviceOptions& o) {
   ThreadPool::instance().resize(static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
   const Stream stream;
   Findings findings;
-  for (const std::string& part : o.only) {
-    if (part == "append") check_append(findings, o.checks, stream);
-    if (part == "decode") check_decode(findings, o.checks, stream);
-    if (part == "tensors") check_tensors(findings, o.checks, stream);
-    if (part == "graph") check_graph(findings, o.checks, stream);
-    if (o.json.empty()) continue;
+  findings.on_add([&] {
+    if (o.json.empty()) return;
     write_json(o.json, Json()
                            .add("device", to_json(device))
                            .add("built", cuda::decode_instances())
                            .add("failed", findings.failed())
                            .add("findings", findings.all()));
+  });
+  for (const std::string& part : o.only) {
+    if (part == "append") check_append(findings, o.checks, stream);
+    if (part == "decode") check_decode(findings, o.checks, stream);
+    if (part == "tensors") check_tensors(findings, o.checks, stream);
+    if (part == "graph") check_graph(findings, o.checks, stream);
   }
   std::printf("%s: %d findings, %d failed\n", device.name.c_str(), findings.count(), findings.failed());
   return findings.failed() == 0 ? 0 : 1;

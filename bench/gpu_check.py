@@ -252,7 +252,9 @@ def main(arguments: Sequence[str]) -> int:
     work.mkdir(parents=True, exist_ok=True)
     settings = Settings(arch, options.quick, options.build.resolve(), work)
     steps = [step for step in all_steps(settings) if step.stage in options.stages]
-    run_steps(steps, budget, report, os.environ)
+    # Tools that came with this Python are found by the tools that call them.
+    path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    run_steps(steps, budget, report, {**os.environ, "PATH": path})
     contents = report.contents
     contents["predictions"] = compare(
         read_predictions(PAGE), contents["stages"], name_of_gpu(found)

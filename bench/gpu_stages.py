@@ -231,7 +231,7 @@ def peers(s: Settings) -> Step:
 
 def all_steps(s: Settings) -> list[Step]:
     """Everything, what is worth most first: a run may end at any time."""
-    checks = ("append", "decode", "tensors", "graph")
+    checks = ("decode", "graph", "tensors", "append")
     configure, build_checks, *build_rest = build_steps(s)
     return [
         configure,

@@ -33,14 +33,13 @@ int run_all(const UnitOptions& o) {
   Findings findings;
   Json report;
   report.add("device", to_json(device));
-  const auto write = [&] {
-    if (!o.json.empty())
-      write_json(o.json, Json(report).add("failed", findings.failed()).add("findings", findings.all()));
-  };
+  findings.on_add([&] {
+    if (o.json.empty()) return;
+    write_json(o.json, Json(report).add("failed", findings.failed()).add("findings", findings.all()));
+  });
   check_numbers(findings);
   check_matrices(findings);
   check_copies(findings, device.major >= 9);
-  write();
   if (!o.no_bandwidth) {
     const Stream stream;
     report.add("clock_hz", measured_clock_hz(device, stream));
@@ -49,7 +48,6 @@ int run_all(const UnitOptions& o) {
     findings.add("copy bandwidth", true, concat(bandwidth.copy() / 1e9, " GB/s; reading ", bandwidth.read / 1e9),
                  to_json(bandwidth));
     measure_ceilings(findings, device, stream, bandwidth, o.repetitions);
-    write();
   }
   std::printf("%s: %d findings, %d failed\n", device.name.c_str(), findings.count(), findings.failed());
   return findings.failed() == 0 ? 0 : 1;

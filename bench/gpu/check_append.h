@@ -54,25 +54,23 @@ inline void check_append(Findings& findings, const CheckOptions& o, cudaStream_t
   const std::vector<Scheme> schemes = {
       {"2", "2"}, {"2", "1.5"},       {"1.5", "3"},       {"3", "1.5fast"},       {"4", "8"},
       {"8", "4"}, {"1.5fast", "1.5"}, {"3:1/2+2", "1.5"}, {"4:1/4+2", "3:1/2+2"}, {"8:1/4+1.5", "4:1/2+1.5fast"}};
+  constexpr int groups[] = {32, 64, 128, 0};
+  constexpr DType dtypes[] = {DType::kF32, DType::kF16, DType::kBf16};
   for (const int head_dim : kHeadDims) {
     if (o.small && head_dim != 64 && head_dim != 128) continue;
     Tally tally;
-    for (const Scheme& scheme : schemes) {
-      for (const int group : {32, 64, 128, 0}) {
-        for (const DType dtype : {DType::kF32, DType::kF16, DType::kBf16}) {
-          const bool first = group == 64 && dtype == DType::kBf16;
-          if (o.small && !first) continue;
-          Shape s;
-          s.scheme = scheme;
-          s.group = group;
-          s.head_dim = head_dim;
-          s.dtype = dtype;
-          s.meta = (group / 32 + static_cast<int>(dtype)) % 2 == 0 ? "fp8" : "fp16";
-          if (!exists(s)) continue;
-          const bool single_tokens = first && !o.small;
-          const std::string difference = append_difference(s, o, single_tokens, stream);
-          tally.check(difference.empty(), difference);
-        }
+    for (std::size_t i = 0; i < schemes.size(); ++i) {
+      for (std::size_t g = 0; g < std::size(groups); ++g) {
+        Shape s;
+        s.scheme = schemes[i];
+        s.group = groups[g];
+        s.head_dim = head_dim;
+        s.dtype = dtypes[(i + g) % 3];  // over schemes and groups every pair of group and type occurs
+        s.meta = (i + g) % 2 == 0 ? "fp8" : "fp16";
+        if (!exists(s) || (o.small && s.dtype != DType::kBf16)) continue;
+        const bool single_tokens = s.dtype == DType::kBf16 && !o.small;
+        const std::string difference = append_difference(s, o, single_tokens, stream);
+        tally.check(difference.empty(), difference);
       }
     }
     findings.add(concat("append, bytes, head_dim ", head_dim), tally.ok(), tally.text(), tally.figures());

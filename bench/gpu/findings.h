@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdio>
+#include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "json.h"
@@ -11,12 +13,16 @@ namespace skvq::bench {
 
 class Findings {
  public:
+  // `after` is called when one is added, to write what is known so far.
+  void on_add(std::function<void()> after) { after_ = std::move(after); }
+
   // `detail`: what was compared, or the first difference.
   void add(const std::string& name, bool ok, const std::string& detail, const Json& figures = {}) {
     std::printf("%-6s %-44s %s\n", ok ? "ok" : "FAILED", name.c_str(), detail.c_str());
     std::fflush(stdout);
     failed_ += ok ? 0 : 1;
     all_.push_back(Json().add("name", name).add("ok", ok).add("detail", detail).add("figures", figures));
+    if (after_) after_();
   }
   void skip(const std::string& name, const std::string& reason) {
     std::printf("%-6s %-44s %s\n", "-", name.c_str(), reason.c_str());
@@ -29,6 +35,7 @@ class Findings {
  private:
   std::vector<Json> all_;
   int failed_ = 0;
+  std::function<void()> after_;
 };
 
 // Counts cases and remembers the first one that is wrong.
