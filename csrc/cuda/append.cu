@@ -102,7 +102,6 @@ __global__ void __launch_bounds__(kStoreThreads, 1) append_few(const __grid_cons
   }
   __syncthreads();
   store_new_rows(p, g, sequence, warp, kStoreThreads / kWarp);
-  __syncthreads();
   if (threadIdx.x == 0) c.kv_len[sequence] = g.new_len;
 }
 
@@ -130,14 +129,15 @@ SKVQ_DEVICE TileSlot find_slot(const AppendArgs& a, int slot) {
   return {-1, 0, 0, 0};
 }
 
-// Blocks (slots, sides of heads): a warp for one side of one head of one complete tile.
+// A warp for one side of one head of one complete tile; the heads of a tile, neighbours in memory, go to adjacent
+// blocks.
 template <DType D>
 __global__ void __launch_bounds__(kPackThreads, 3) pack_tiles(const __grid_constant__ AppendParams p) {
   SKVQ_DYNAMIC_SHARED(shared);
-  const CacheView& c = p.args.cache;
-  const int side = static_cast<int>(blockIdx.y) * p.pack_warps + warp_index();
-  if (side >= 2 * c.num_kv_heads) return;
-  const TileSlot slot = find_slot(p.args, static_cast<int>(blockIdx.x));
+  const int sides = 2 * p.args.cache.num_kv_heads, parts = (sides + p.pack_warps - 1) / p.pack_warps;
+  const int index = static_cast<int>(blockIdx.x), side = index % parts * p.pack_warps + warp_index();
+  if (side >= sides) return;
+  const TileSlot slot = find_slot(p.args, index / parts);
   if (slot.sequence < 0) return;
   pack_tile<D>(p, slot, side / 2, side % 2 == 0 ? Side::kKey : Side::kValue,
                PackScratch(shared + warp_index() * p.scratch_bytes, p.deal));
@@ -203,7 +203,7 @@ void launch_pack(AppendParams p, Stream stream) {
   p.pack_warps = min_int(kPackThreads / kWarp, kMaxScratchBytes / p.scratch_bytes);
   const std::int64_t slots = p.args.tokens.num_tokens / kTileTokens + c.batch;
   const std::int64_t parts = (2 * c.num_kv_heads + p.pack_warps - 1) / p.pack_warps;
-  launch("pack_tiles", pack_tiles<D>, {slots, parts}, p.pack_warps * kWarp, p.pack_warps * p.scratch_bytes, stream, p);
+  launch("pack_tiles", pack_tiles<D>, {slots * parts}, p.pack_warps * kWarp, p.pack_warps * p.scratch_bytes, stream, p);
 }
 
 void launch_store(const AppendParams& p, Stream stream) {

@@ -20,29 +20,38 @@ struct PackedSide {
 
 inline constexpr int kOctet = 8;  // adjacent channels, as one lane loads them
 
+// How far a lane moves from pass to pass: by two passes, and from an even pass to the next.
+struct PassSteps {
+  int two, one;
+  SKVQ_FN constexpr int at(int pass) const { return pass / 2 * two + pass % 2 * one; }
+};
+
 // How the octets of the rows of a tile are dealt to the lanes of a warp. A pass takes two adjacent tokens for each
 // lane; rows of more than 32 octets take two passes. The values of some passes are held at once: a chunk.
 struct OctetDeal {
   int octets;  // of a row
   int pairs;   // of tokens in a pass
   int chunk_tokens;
-  int stride;  // octets from token to token in shared memory, twice an odd number: lanes that read two octets
-               // each of as many tokens meet in no bank
-  // From pass to pass: pairs of tokens by two passes, and pairs and octets from an even pass to the next.
-  int two_passes, next_pairs, next_octets;
-  int more_groups, more_tokens;  // 32 as groups of chunk_tokens, and what is left
+  int stride;  // octets from token to token in shared memory, twice an odd number: lanes that read two octets each of
+               // as many tokens meet in no bank
+  PassSteps token_steps, octet_steps, stride_steps;  // the last: places in shared memory
+  int more_groups, more_tokens;                      // 32 as groups of chunk_tokens, and what is left
 
   SKVQ_FN static constexpr OctetDeal of(int head_dim, int passes) {
     const int octets = head_dim / kOctet, pairs = octets < kWarp ? kWarp / octets : 1;
     const bool halves = octets > kWarp;
-    const int two_passes = halves ? pairs : 2 * pairs, tokens = two_passes * passes;
-    return {
-        octets,         pairs,         tokens, (octets / 2 | 1) * 2, two_passes, halves ? 0 : pairs, halves ? kWarp : 0,
-        kWarp / tokens, kWarp % tokens};
+    const PassSteps tokens = halves ? PassSteps{2, 0} : PassSteps{4 * pairs, 2 * pairs};
+    const int chunk_tokens = tokens.at(passes), stride = (octets / 2 | 1) * 2, half = halves ? kWarp : 0;
+    return {octets,
+            pairs,
+            chunk_tokens,
+            stride,
+            tokens,
+            {0, half},
+            {tokens.two * stride, tokens.one * stride + half},
+            kWarp / chunk_tokens,
+            kWarp % chunk_tokens};
   }
-  // First pair of tokens of a pass in its chunk, and first octet.
-  SKVQ_FN constexpr int pair_of(int pass) const { return pass / 2 * two_passes + pass % 2 * next_pairs; }
-  SKVQ_FN constexpr int octet_of(int pass) const { return pass % 2 * next_octets; }
 };
 
 struct AppendParams {

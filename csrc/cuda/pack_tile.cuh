@@ -98,7 +98,6 @@ SKVQ_DEVICE void prepare(const AppendParams& p, const PackTask& t, const PackScr
   for (int octet = lane; octet < p.deal.octets; octet += kWarp) {
     s.octets[octet] = octet_task(side, s.groups, octet);
   }
-  __syncwarp();
 }
 
 // ---- Quantizers ----
@@ -186,42 +185,45 @@ template <DType D>
 struct ChunkLane {
   const OctetDeal& deal;
   int first;
-  int pair, octet;  // of the lane in every pass
+  int token, octet;  // of the lane in pass 0, `token` counted from `first`
+  bool active;
 
-  SKVQ_DEVICE bool has_pass(int pass) const { return first + 2 * deal.pair_of(pass) < kTileTokens; }
-  SKVQ_DEVICE bool has_work(int pass) const { return pair < deal.pairs && first + 2 * pair_of(pass) < kTileTokens; }
-  SKVQ_DEVICE int pair_of(int pass) const { return deal.pair_of(pass) + pair; }
-  SKVQ_DEVICE int octet_of(int pass) const { return deal.octet_of(pass) + octet; }
+  SKVQ_DEVICE bool has_pass(int pass) const { return first + deal.token_steps.at(pass) < kTileTokens; }
+  SKVQ_DEVICE bool has_work(int pass) const { return active && token_of(pass) < kTileTokens; }
+  SKVQ_DEVICE int token_of(int pass) const { return first + token + deal.token_steps.at(pass); }
+  SKVQ_DEVICE int octet_of(int pass) const { return octet + deal.octet_steps.at(pass); }
 
   template <class LoadOne>
   SKVQ_DEVICE void load(const PackScratch& s, Octet<D> (&x)[kPasses<D>][2], LoadOne load_one) const {
     unroll<kPasses<D>>([&](auto pass) {
       if (!has_pass(pass)) return;
       // Lanes without work load what others load too.
-      const int token = min_int(first + 2 * pair_of(pass), kTileTokens - 2);
+      const unsigned char* const* rows = s.rows + min_int(token_of(pass), kTileTokens - 2);
       const int offset = octet_of(pass) * kOctet * dtype_bytes(D);
-      x[pass][0] = load_one(s.rows[token] + offset);
-      x[pass][1] = load_one(s.rows[token + 1] + offset);
+      x[pass][0] = load_one(rows[0] + offset);
+      x[pass][1] = load_one(rows[1] + offset);
     });
   }
   SKVQ_DEVICE void find_extremes(const PackScratch& s, const Octet<D> (&x)[kPasses<D>][2]) const {
+    Extremes* of_lane = s.extremes + token * deal.stride + octet;
     unroll<kPasses<D>>([&](auto pass) {
       if (!has_work(pass)) return;
-      Extremes* e = s.extremes + 2 * pair_of(pass) * deal.stride + octet_of(pass);
+      Extremes* e = of_lane + deal.stride_steps.at(pass);
       e[0] = extremes_of(x[pass][0]);
       e[deal.stride] = extremes_of(x[pass][1]);
     });
   }
   SKVQ_DEVICE void stage_codes(const PackScratch& s, const Octet<D> (&x)[kPasses<D>][2]) const {
+    const Extremes* of_lane = s.extremes + token * deal.stride;
     unroll<kPasses<D>>([&](auto pass) {
       if (!has_work(pass)) return;
       const OctetTask task = s.octets[octet_of(pass)];
-      const Extremes* quantizers = s.extremes + 2 * pair_of(pass) * deal.stride + task.group;
+      const Extremes* quantizers = of_lane + deal.token_steps.at(pass) * deal.stride + task.group;
       std::uint32_t a[kOctet], b[kOctet];
       quantize_octet(x[pass][0], quantizers[0], task.levels, a);
       quantize_octet(x[pass][1], quantizers[deal.stride], task.levels, b);
-      const unsigned token = static_cast<unsigned>(first + 2 * pair_of(pass));
-      const int step = static_cast<int>(token / 16), row = static_cast<int>(token % 16);
+      const unsigned at = static_cast<unsigned>(token_of(pass));
+      const int step = static_cast<int>(at / 16), row = static_cast<int>(at % 16);
       stage_octets(task.rows, a, b, s.codes + task.staged + step * task.step_bytes + staged_at(task.rows, row, 0));
     });
   }
@@ -237,7 +239,7 @@ SKVQ_DEVICE void quantize_tile(const AppendParams& p, const PackTask& t, const P
   const int token = static_cast<int>(lane % static_cast<unsigned>(deal.chunk_tokens));
   const Exponents exponents = p.args.cache.exponents_of(t.side, t.head);
   for (int first = 0; first < kTileTokens; first += deal.chunk_tokens) {
-    const ChunkLane<D> work{deal, first, pair, octet};
+    const ChunkLane<D> work{deal, first, 2 * pair, octet, pair < deal.pairs};
     Octet<D> x[kPasses<D>][2];
     if (p.vectors) {
       work.load(s, x, [](const unsigned char* from) { return load_octet<D>(from); });
@@ -285,7 +287,6 @@ SKVQ_DEVICE void pack_tile(const AppendParams& p, const TileSlot& slot, int head
   prepare(p, task, s);
   quantize_tile<D>(p, task, s);
   pack_codes(p, task, s);
-  __syncwarp();
 }
 
 }  // namespace skvq::cuda
