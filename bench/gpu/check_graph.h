@@ -12,7 +12,7 @@ namespace skvq::bench {
 inline void check_graph(Findings& findings, const CheckOptions& o, const Stream& stream) {
   Tally tally;
   double worst = 0.0;
-  Shape s;
+  Shape s = typical_shapes().front();
   const std::vector<int> lengths = {0, 3, s.sinks + s.window + 60, s.sinks + s.window + 63, 250};
   s.batch = static_cast<int>(lengths.size());
   Twin twin(s, true);
