@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
-import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from native_build import ROOT, configured_and_built, run
 
-ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "cpp"
 SOURCES = sorted((ROOT / "tests" / "cpp").glob("test_*.cpp"))
 # Read from the sources, so that collecting needs no build; test_no_case_is_missed compares with the binary.
 CASES = [
@@ -25,55 +19,9 @@ CASES = [
 ]
 
 
-def tool(name: str) -> str:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    found = shutil.which(name, path=path)
-    if found is None:
-        pytest.fail(
-            f"the C++ tests are built with {name}, which is neither in PATH nor beside "
-            f"{sys.executable}: pip install {name}"
-        )
-    return found
-
-
-def run(*command: str | Path) -> str:
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=900, check=False
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{output[-6000:]}"
-    return output
-
-
 @pytest.fixture(scope="session")
-def build() -> Iterator[Path]:
-    """Configures and builds build/cpp, where `make ctest` builds too; quick when up to date."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    options = {
-        "CMAKE_BUILD_TYPE": "Release",
-        "CMAKE_MAKE_PROGRAM": tool("ninja"),
-        # Without a Python there is no way to find torch.
-        "CMAKE_DISABLE_FIND_PACKAGE_Python": "ON",
-        "SKVQ_TORCH": "OFF",
-        "SKVQ_CUDA": "OFF",
-        "SKVQ_TESTS": "ON",
-        "SKVQ_BENCH": "ON",
-    }
-    with (BUILD / "pytest.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # workers of pytest-xdist take turns
-        cmake = tool("cmake")
-        run(
-            cmake,
-            "-S",
-            ROOT,
-            "-B",
-            BUILD,
-            "-G",
-            "Ninja",
-            *(f"-D{k}={v}" for k, v in options.items()),
-        )
-        run(cmake, "--build", BUILD)
-    yield BUILD
+def build() -> Path:
+    return configured_and_built()
 
 
 def test_build_knows_no_torch(build: Path) -> None:

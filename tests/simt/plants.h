@@ -10,8 +10,11 @@ namespace skvq {
 
 namespace cuda::ptx {
 
+// The last wait stays: without it the emulator would only notice that copies are never waited for.
 template <int Pending>
-void wait_for_no_copies() {}
+void wait_for_last_copies() {
+  if constexpr (Pending == 0) wait_copies<0>();
+}
 
 inline void wait_for_other_parity(std::uint64_t* barrier, std::uint32_t parity, SIMT_HERE) {
   barrier_wait(barrier, parity ^ 1u, here);
@@ -37,7 +40,7 @@ inline void store_float_at_next(DType dtype, void* data, std::int64_t index, flo
 }  // namespace skvq
 
 #if defined(SKVQ_PLANT_NO_WAIT)
-#define wait_copies wait_for_no_copies
+#define wait_copies wait_for_last_copies
 #elif defined(SKVQ_PLANT_WRONG_PARITY)
 #define barrier_wait wait_for_other_parity
 #elif defined(SKVQ_PLANT_FRAGMENT_ORDER)

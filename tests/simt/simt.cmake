@@ -1,6 +1,7 @@
 # How the CUDA kernels are compiled for the emulator (docs/simt.md), in three kinds: plain, asan (AddressSanitizer and
 # UndefinedBehaviorSanitizer) and tsan (ThreadSanitizer). Sets SKVQ_HAVE_SIMT.
 include_guard(GLOBAL)
+include(CheckCXXSourceCompiles)
 
 set(SKVQ_HAVE_SIMT OFF)
 if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" OR NOT CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
@@ -10,13 +11,27 @@ if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" OR NOT CMAKE_CXX_COMPILER_I
 endif()
 set(SKVQ_HAVE_SIMT ON)
 
-set(SKVQ_SIMT_KINDS plain asan tsan)
 set(SKVQ_SIMT_FLAGS "" CACHE STRING "more compiler flags for the emulated kernels, for example -O0;-g3 for a debugger")
-set(simt_flags_plain -O2)
+set(simt_flags_plain -O1)
 # Of UBSan, what costs most time to compile is left to ASan, which stops at the bad access itself.
 set(simt_flags_asan -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined,bounds-strict
   -fno-sanitize=null,object-size,pointer-overflow -fno-sanitize-recover=undefined)
 set(simt_flags_tsan -O1 -g1 -fno-omit-frame-pointer -fsanitize=thread)
+
+# Distributions ship the libraries of the sanitizers apart from the compiler.
+set(SKVQ_SIMT_KINDS plain)
+foreach(kind asan tsan)
+  set(CMAKE_REQUIRED_FLAGS ${simt_flags_${kind}})
+  list(JOIN CMAKE_REQUIRED_FLAGS " " CMAKE_REQUIRED_FLAGS)
+  check_cxx_source_compiles("int main() {}" SKVQ_SIMT_LINKS_${kind})
+  unset(CMAKE_REQUIRED_FLAGS)
+  if(SKVQ_SIMT_LINKS_${kind})
+    list(APPEND SKVQ_SIMT_KINDS ${kind})
+  else()
+    message(NOTICE "skvq: the CUDA kernels are not tested with ${kind}: the compiler cannot link ${simt_flags_${kind}}; "
+      "install libasan, libubsan and libtsan")
+  endif()
+endforeach()
 
 # simt_<kind>: for every source that includes kernels.
 foreach(kind IN LISTS SKVQ_SIMT_KINDS)

@@ -202,7 +202,7 @@ TEST_CASE("what no kernel was built for is refused, with what was") {
   check_refused(shape, "pages are in arrangement \"lanes\"");
   shape.arrangement = "mma";
   shape.head_dim = 112;
-  check_refused(shape, "no CUDA decode kernel was built for k2-v1.5-g112 at head_dim 112");
+  check_refused(shape, "no CUDA decode kernel was built for k2-v1.5-g128 at head_dim 112");
   check_refused(shape, "k2-v1.5-g128 at head_dim 128\n");
 }
 
