@@ -50,11 +50,8 @@ def find_tool(name: str) -> str:
     """nvcc from PATH or CUDA_HOME; cuobjdump and nvdisasm from there or from this Python's packages."""
     package = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
     home = os.environ.get("CUDA_HOME")
-    folders = [
-        *([str(Path(home) / "bin")] if home else []),
-        os.environ.get("PATH", ""),
-        str(package),
-    ]
+    first = [str(Path(home) / "bin")] if home else []
+    folders = [*first, os.environ.get("PATH", ""), "/usr/local/cuda/bin", str(package)]
     found = shutil.which(name, path=os.pathsep.join(folders))
     if found is None:
         remedy = (

@@ -25,7 +25,7 @@ from ptx.structs import layout_check
 
 from skvq_ext import RecordFormat
 
-pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH")
+pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc in CUDA_HOME or on PATH")
 
 PTX_HEADER = ROOT / "csrc" / "cuda" / "ptx.cuh"
 CONFORMANCE = KERNELS / "conformance.cu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -21,7 +22,11 @@ HEADERS = ("include/**/*.h", "csrc/core/*.h", "csrc/cuda/**/*.h", "csrc/cuda/**/
 
 
 def find_nvcc() -> str | None:
-    return shutil.which("nvcc")
+    """nvcc where the build looks for it: CUDA_HOME if that is set, else PATH and the usual place."""
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 @lru_cache(maxsize=1)
