@@ -4,8 +4,9 @@
 #
 # PYTHON=python3.12   the interpreter to make .venv from (3.10 or newer)
 # TORCH=torch==2.13.0 what to hand to pip for PyTorch, with options such as --index-url where you want another build
-# SKVQ_CUDA=0|1|auto  which backends to build (see setup.py); auto compiles the CUDA kernels for all GPUs where nvcc is,
-#                     which takes minutes: TORCH_CUDA_ARCH_LIST=9.0 builds for one, SKVQ_CUDA=0 for the CPU alone
+# SKVQ_CUDA=0|1|auto  which backends to build (see setup.py); auto compiles the CUDA kernels where nvcc is: for the GPUs
+#                     of this machine, or where it has none for all, which takes minutes (TORCH_CUDA_ARCH_LIST=9.0
+#                     builds for one, SKVQ_CUDA=0 for the CPU alone)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -20,6 +21,14 @@ BIN := $(VENV)/bin
 LOG := build/install.log
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export SKVQ_CACHE ?= $(CURDIR)/.cache
+
+# Kernels for the GPUs of this machine are built in a minute, for all in ten.
+ifndef TORCH_CUDA_ARCH_LIST
+GPU_ARCHS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]+$$' | sort -u | paste -sd';')
+ifneq ($(GPU_ARCHS),)
+export TORCH_CUDA_ARCH_LIST := $(GPU_ARCHS)
+endif
+endif
 
 BUILD_FILES := CMakeLists.txt setup.py pyproject.toml $(shell find include csrc cmake -type f 2>/dev/null)
 CXX_FILES = $(shell find include csrc tests bench -path "*third_party*" -prune -o \( -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh" \) -print)
