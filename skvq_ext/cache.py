@@ -9,7 +9,7 @@ from torch import Tensor
 
 from skvq_ext.door import Door
 from skvq_ext.geometry import Geometry
-from skvq_ext.layer_cache import LayerCache
+from skvq_ext.layer_cache import LayerCache, readable_format
 from skvq_ext.memory import memory
 from skvq_ext.plan import Plan
 from skvq_ext.ragged import Ragged
@@ -59,6 +59,7 @@ class SkvqCache:
             raise ValueError(f"dtype {dtype} is not supported; use float32, float16 or bfloat16.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        readable_format(self.scheme, head_dim, dtype, device)  # before anything is allocated there
         distinct = {id(layer): layer for layer in plan.layers}  # a default plan repeats one
         doors = {key: Door(layer, num_q_heads, device) for key, layer in distinct.items()}
         self.layers = [

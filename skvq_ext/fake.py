@@ -86,11 +86,11 @@ def _decode_attention(
 
 
 @torch.library.register_fake("skvq::decode_workspace_bytes")
-def _decode_workspace_bytes(
-    q: Tensor, cu_seqlens_q: Tensor | None, *cache: Tensor, **_options: object
-) -> int | torch.SymInt:
-    _same_device(q, cu_seqlens_q, *cache)
-    return torch.library.get_ctx().new_dynamic_size(min=0)  # depends on the device, too
+def _decode_workspace_bytes(*_tensors: Tensor | None, **_options: object) -> int:
+    raise RuntimeError(
+        "the size of a workspace depends on the device, which is not there while a function is traced; "
+        "ask for it before tracing, or pass no workspace"
+    )
 
 
 @torch.library.register_fake("skvq::merge_states")

@@ -24,6 +24,24 @@ _NORMAL = torch.inference_mode(False)  # tensors made here may be written in any
 _PIECE = 256  # tokens a sliding layer appends at once, so that pages can be used again in between
 
 
+def readable_format(
+    scheme: Scheme, head_dim: int, dtype: torch.dtype, device: torch.device | str
+) -> RecordFormat:
+    """The record of a scheme in the arrangement of a device.
+
+    Raises: ValueError where the device has no kernel for the scheme and dtype of rows.
+    """
+    record = scheme.record_format(head_dim, device)
+    if torch.device(device).type != "meta":  # where sizes are all that counts
+        try:
+            ops.check_decode_format(record.args, head_dim, dtype, device)
+        except ValueError as error:
+            raise ValueError(
+                f"a cache {scheme} of {dtype} cannot be read on {device}: {error}"
+            ) from None
+    return record
+
+
 class LayerCache:
     """The packed keys and values of one layer.
 
@@ -52,7 +70,7 @@ class LayerCache:
         Raises: ValueError where the device has no kernel for the scheme and dtype."""
         num_kv_heads, head_dim = plan.k.permutation.shape
         self.scheme, self.max_len, self.sliding_window = scheme, max_len, sliding_window
-        self.format = self._format_for(device, dtype, head_dim)
+        self.format = readable_format(scheme, head_dim, dtype, device)
         self.door = Door(plan, num_q_heads, device) if door is None else door
         self._pool = PagePool(batch_size) if max_len is None else None
         self._lengths = [0] * batch_size
@@ -216,7 +234,7 @@ class LayerCache:
         Raises: ValueError where the device has no kernel for the scheme and dtype.
         """
         t, old = self.tensors, self.format
-        new = self._format_for(device, t.ring_k.dtype, old.head_dim)
+        new = readable_format(self.scheme, old.head_dim, t.ring_k.dtype, device)
         pages = t.pages
         if new != old:
             pages = ops.repack_pages(pages.cpu(), old.args, old.head_dim, new.arrangement)
@@ -231,14 +249,6 @@ class LayerCache:
         limit = self.sliding_window or max(self.lengths, default=0)
         tokens = sum(min(n, limit) for n in self.lengths)
         return 2 * tokens * rows.shape[2] * rows.shape[3] * rows.element_size()
-
-    def _format_for(
-        self, device: torch.device | str, dtype: torch.dtype, head_dim: int
-    ) -> RecordFormat:
-        record = self.scheme.record_format(head_dim, device)
-        if torch.device(device).type != "meta":  # where sizes are all that counts
-            ops.check_decode_format(record.args, head_dim, dtype, device)
-        return record
 
     @property
     def _ring(self) -> int:

@@ -129,7 +129,7 @@ def decode_attention(
 
     Raises:
         ValueError: a tensor or number does not fit, or on CUDA no kernel was built for the format. As in
-            `append`, contents are checked on the CPU only; a page that is not there reads as no tokens.
+            `append`, contents are checked on the CPU only; on CUDA a page that is not there makes NaN.
     """
     tensors = *cache[:7], cache.exponents, learned_sinks, logit_shift, workspace
     options: dict[str, object] = {"window": window, "softmax_scale": softmax_scale}
@@ -192,7 +192,7 @@ def copy_pages(pages: Tensor, source_ids: Tensor, target_ids: Tensor) -> None:
     Args:
         pages: uint8 [num_pages, num_kv_heads, record_bytes], written in place.
         source_ids, target_ids: int32 [n]; no target may occur twice or be a source (checked on the CPU only;
-            on CUDA the result is undefined then, and ids that are no pages are skipped).
+            on CUDA ids are taken as they are).
     """
     _ops.copy_pages(pages, source_ids, target_ids)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -90,14 +92,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 def show_info(built: Mapping[str, Any], formats: Mapping[str, Any]) -> None:
     """The result of `skvq info`."""
-    cuda = built["cuda"] or "not in this build"
+    cuda = built["cuda"] or {"archs": "not in this build", "instances": []}
     table(
         f"skvq_ext {built['version']}",
         ("built", ""),
         (
             ("CPU instruction sets", built["cpu_isas"]),
             ("in use here", built["cpu_isa"]),
-            ("CUDA", cuda),
+            ("CUDA", cuda["archs"]),
             ("torch headers", built["torch_headers"]),
             ("compiler", built["compiler"]),
         ),
@@ -110,10 +112,30 @@ def show_info(built: Mapping[str, Any], formats: Mapping[str, Any]) -> None:
         rows.append((code["name"], code["levels"], f"{code['bits']:g}", storage, f"{tile} B"))
     columns = ("format", "levels", "bits per value", "storage", "64 tokens x 128 channels")
     table("Formats of K and of V", columns, rows)
+    if cuda["instances"]:
+        kernels = cuda_formats(cuda["instances"])
+        table("Formats that attention reads on CUDA", ("format", "head_dim: groups"), kernels)
     for key in ("head_dims", "groups", "metas", "arrangements"):
         say(f"{key}: {', '.join(str(value) for value in formats[key])}")
     say("Groups may also span the whole head (ghead). Two bands: 3:1/2+2 is half the channels at 3")
     say("bits and the rest at 2.")
+
+
+def cuda_formats(instances: Sequence[str]) -> list[tuple[str, str]]:
+    """Decode kernels by format: ("k2-v1.5", "64: 32, 64; 128: 32, 64, 128").
+
+    Args: instances as `build_info` names them, "k2-v1.5-g64 at head_dim 128", bands in channels.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for instance in instances:
+        name, head_dim = instance.split(" at head_dim ")
+        scheme, group = name.rsplit("-g", 1)
+        scheme = re.sub(r"\d+/\d+", lambda part: str(Fraction(part[0])), scheme)
+        found.setdefault(scheme, {}).setdefault(head_dim, []).append(group)
+    return [
+        (scheme, "; ".join(f"{dim}: {', '.join(groups)}" for dim, groups in sizes.items()))
+        for scheme, sizes in found.items()
+    ]
 
 
 def show_ledger(name: str, ledger: Ledger, rows: Sequence[LedgerRow]) -> None:

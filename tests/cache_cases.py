@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from devices import CPU, Device
 from torch import Tensor
 
 from skvq_ext import ops
@@ -16,21 +17,27 @@ POISON = float("nan")
 
 @dataclass
 class Case:
-    """A cache for a batch of ragged sequences, everything that must not be read filled with NaN or 0xFF."""
+    """A cache for a batch of ragged sequences, everything that must not be read filled with NaN or 0xFF.
+
+    fmt in the arrangement of the device; dtype None: the most precise one of the device.
+    """
 
     fmt: RecordFormat
+    device: Device = CPU
     num_kv_heads: int = 2
     sinks: int = 5
     window: int = 32
     rollback: int = 64
     batch: int = 1
     max_pages: int = 16
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
     seed: int = 0
     clip: float = 0.95
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
+        self.fmt = self.device.arrange(self.fmt)
+        self.dtype = self.dtype or self.device.dtype
         heads, dim, batch = self.num_kv_heads, self.fmt.head_dim, self.batch
         pages = batch * self.max_pages
         order = torch.randperm(pages + 3, generator=generator)[:pages]
@@ -41,7 +48,7 @@ class Case:
 
         groups = len(self.fmt.k_groups), len(self.fmt.v_groups)
         noise = [torch.linspace(0.0, 0.1, heads * g).reshape(heads, g) for g in groups]
-        self.cache = ops.CacheTensors(
+        on_cpu = ops.CacheTensors(
             pages=torch.full((pages + 3, heads, self.fmt.record_bytes), 0xFF, dtype=torch.uint8),
             page_table=order.to(torch.int32).reshape(batch, self.max_pages),
             sink_k=rows(self.sinks),
@@ -53,37 +60,57 @@ class Case:
             v_clip=self.clip - noise[1],
             exponents=torch.tensor([[-2, 0, -5, -4]] * heads, dtype=torch.int32),
         )
+        self.cache = ops.CacheTensors(*(t.to(self.device.name) for t in on_cpu))
         self.generator = generator
 
     def rows(self, tokens: int, heads: int | None = None) -> Tensor:
         """Random rows [tokens, heads, head_dim] with channels of very different spread."""
         shape = (tokens, heads or self.num_kv_heads, self.fmt.head_dim)
         spread = torch.linspace(0.3, 2.0, self.fmt.head_dim)
-        return (torch.randn(shape, generator=self.generator) * spread).to(self.dtype)
+        rows = torch.randn(shape, generator=self.generator) * spread
+        return rows.to(self.device.name, self.dtype)
 
     def append(self, k: Tensor, v: Tensor, lengths: list[int] | None = None) -> None:
-        ops.append(k, v, cu_seqlens(lengths), self.cache, self.fmt.args, window=self.window)
+        starts = cu_seqlens(lengths, self.device)
+        ops.append(k, v, starts, self.cache, self.fmt.args, window=self.window)
 
     def attend(
         self, q: Tensor, lengths: list[int] | None = None, **options: object
     ) -> tuple[Tensor, Tensor]:
+        self.device.needs_decode(self.fmt, self.dtype)
         options.setdefault("softmax_scale", self.fmt.head_dim**-0.5)
+        starts = cu_seqlens(lengths, self.device)
         return ops.decode_attention(
-            q, cu_seqlens(lengths), self.cache, self.fmt.args, window=self.window, **options
+            q, starts, self.cache, self.fmt.args, window=self.window, **options
         )
+
+    def unpack(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of pages, on the CPU."""
+        fmt, cache = self.fmt, self.cache
+        read = ops.unpack_pages(cache.pages, pages, cache.exponents, fmt.args, fmt.head_dim)
+        return read[0].cpu(), read[1].cpu()
 
     def reference(self, k: Tensor, v: Tensor) -> ReferenceSequence:
-        clips = (self.cache.k_clip, self.cache.v_clip)
+        """The reference computes on the CPU, whatever the device."""
+        clips = (self.cache.k_clip.cpu(), self.cache.v_clip.cpu())
         return ReferenceSequence.make(
-            k, v, self.fmt, self.sinks, self.window, self.slots, clips, self.cache.exponents
+            k.cpu(),
+            v.cpu(),
+            self.fmt,
+            self.sinks,
+            self.window,
+            self.slots,
+            clips,
+            self.cache.exponents.cpu(),
         )
 
 
-def cu_seqlens(lengths: list[int] | None) -> Tensor | None:
+def cu_seqlens(lengths: list[int] | None, device: Device = CPU) -> Tensor | None:
     """Lengths as flash-attention's cumulative int32 tensor."""
     if lengths is None:
         return None
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    return torch.tensor(starts, dtype=torch.int32, device=device.name)
 
 
 def attention_bound(want: Tensor, dtype: torch.dtype, torch_error: float) -> float:

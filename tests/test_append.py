@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 from cache_cases import Case
+from devices import CPU, Device
 
-from skvq_ext import RecordFormat, ops
+from skvq_ext import RecordFormat
 
 FORMAT = RecordFormat("2", "1.5", 128, "fp8", 64)
 TWO_BANDS = RecordFormat("3:1/2+2", "1.5", 32, "fp16", 64)
@@ -46,9 +47,9 @@ def chunks_of(total: int, seed: int) -> list[int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("fmt", [FORMAT, TWO_BANDS])
-def test_one_prefill_equals_any_chunking_equals_single_appends(fmt, dtype):
+def test_one_prefill_equals_any_chunking_equals_single_appends(fmt, dtype, device: Device):
     total = 600
-    cases = [Case(fmt, sinks=5, window=128, dtype=dtype) for _ in range(4)]
+    cases = [Case(fmt, device, sinks=5, window=128, dtype=dtype) for _ in range(4)]
     k, v = cases[0].rows(total), cases[0].rows(total)
     for case, cut in zip(
         cases, ([total], [1] * total, chunks_of(total, 1), chunks_of(total, 2)), strict=True
@@ -63,8 +64,8 @@ def test_one_prefill_equals_any_chunking_equals_single_appends(fmt, dtype):
 @pytest.mark.parametrize(
     "length", [0, 1, 4, 5, 6, 36, 37, 38, 100, 101, 102, 164, 165, 166, 257, 258, 259, 600]
 )
-def test_every_edge_of_the_length(length):
-    whole, single = Case(FORMAT), Case(FORMAT)
+def test_every_edge_of_the_length(length, device: Device):
+    whole, single = Case(FORMAT, device), Case(FORMAT, device)
     k, v = whole.rows(length), whole.rows(length)
     whole.append(k, v)
     for t in range(length):
@@ -77,8 +78,8 @@ def test_every_edge_of_the_length(length):
     assert (whole.cache.pages[untouched] == 0xFF).all()
 
 
-def test_packed_bytes_never_change():
-    case = Case(FORMAT, max_pages=40)
+def test_packed_bytes_never_change(device: Device):
+    case = Case(FORMAT, device, max_pages=40)
     seen: list[torch.Tensor] = []
     for _ in range(60):
         case.append(case.rows(33), case.rows(33))
@@ -88,10 +89,10 @@ def test_packed_bytes_never_change():
         seen = list(case.cache.pages[case.cache.page_table[0, :tiles].long()].clone())
 
 
-def test_sequences_of_a_ragged_batch_do_not_touch_each_other():
+def test_sequences_of_a_ragged_batch_do_not_touch_each_other(device: Device):
     lengths = [[0, 300, 7], [150, 1, 64], [64, 0, 200]]
-    batch = Case(FORMAT, batch=3)
-    singles = [Case(FORMAT) for _ in range(3)]
+    batch = Case(FORMAT, device, batch=3)
+    singles = [Case(FORMAT, device) for _ in range(3)]
     for step in lengths:
         k, v = batch.rows(sum(step)), batch.rows(sum(step))
         batch.append(k, v, step)
@@ -101,8 +102,8 @@ def test_sequences_of_a_ragged_batch_do_not_touch_each_other():
     assert all(torch.equal(a, b) for a, b in zip(parts, expected, strict=True))
 
 
-def test_rows_that_are_not_contiguous():
-    a, b = Case(FORMAT), Case(FORMAT)
+def test_rows_that_are_not_contiguous(device: Device):
+    a, b = Case(FORMAT, device), Case(FORMAT, device)
     k, v = a.rows(200), a.rows(200)
     a.append(k, v)
     b.append(k.transpose(0, 1).contiguous().transpose(0, 1), torch.cat([v, v], dim=2)[:, :, :64])
@@ -110,8 +111,8 @@ def test_rows_that_are_not_contiguous():
 
 
 @pytest.mark.parametrize("taken_back", [1, 17, 63, 64])
-def test_tokens_taken_back_leave_no_trace(taken_back):
-    drafted, plain = Case(FORMAT), Case(FORMAT)
+def test_tokens_taken_back_leave_no_trace(taken_back, device: Device):
+    drafted, plain = Case(FORMAT, device), Case(FORMAT, device)
     k, v = plain.rows(500), plain.rows(500)
     drafts = drafted.rows(taken_back)
     for start in range(0, 500, 20):
@@ -130,18 +131,15 @@ def test_tokens_taken_back_leave_no_trace(taken_back):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_token_that_is_not_finite_spoils_itself_only(bad):
-    clean, spoiled = Case(TWO_BANDS), Case(TWO_BANDS)
+def test_a_token_that_is_not_finite_spoils_itself_only(bad, device: Device):
+    clean, spoiled = Case(TWO_BANDS, device), Case(TWO_BANDS, device)
     k, v = clean.rows(300), clean.rows(300)
     clean.append(k, v)
     k[70, 1, 40] = bad
     v[90, 0, 3] = bad
     spoiled.append(k, v)
     ids = clean.cache.page_table[0, :4].contiguous()
-    read = [
-        ops.unpack_pages(c.cache.pages, ids, c.cache.exponents, TWO_BANDS.args, 64)
-        for c in (clean, spoiled)
-    ]
+    read = [c.unpack(ids) for c in (clean, spoiled)]
     expected_k, expected_v = read[0]
     expected_k[1, 1, 1, 32:64] = float(
         "nan"
@@ -179,6 +177,30 @@ def test_without_pages_nothing_is_written(tokens, message):
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(case), strict=True))
 
 
+def refuses(device: Device, change: dict[str, object], message: str) -> None:
+    """An append into an empty float32 cache, with something changed, fails and writes nothing."""
+    case = Case(FORMAT, device, batch=change.pop("batch", 1), dtype=torch.float32)
+    arguments = {
+        "k": torch.zeros(3, 2, 64),
+        "v": torch.zeros(3, 2, 64),
+        "lengths": None,
+        "window": 32,
+    }
+    change = {n: on(device, x) if isinstance(x, torch.Tensor) else x for n, x in change.items()}
+    arguments.update({n: change.pop(n) for n in list(change) if n in arguments})
+    case.cache = case.cache._replace(**change)
+    case.window = arguments["window"]
+    before = snapshot(case)
+    k, v = (on(device, arguments[n]) for n in ("k", "v"))
+    with pytest.raises(ValueError, match=message):
+        case.append(k, v, arguments["lengths"])
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(case), strict=True))
+
+
+def on(device: Device, x: torch.Tensor) -> torch.Tensor:
+    return x if x.device.type == "meta" else x.to(device.name)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -194,8 +216,6 @@ def test_without_pages_nothing_is_written(tokens, message):
             "on different devices .* move all of them to one device",
         ),
         ({"lengths": [1, 1]}, r"cu_seqlens has shape \[3\]; expected \[2\]"),
-        ({"lengths": [2]}, "cu_seqlens runs from 0 to 2; expected 0 to 3"),
-        ({"lengths": [5, -2], "batch": 2}, "cu_seqlens decreases from 5 to 3 at sequence 1"),
         ({"batch": 2}, "without cu_seqlens all 2 sequences have equal lengths, but 3 tokens"),
         (
             {"pages": torch.zeros(4, 2, 64, dtype=torch.uint8)},
@@ -203,7 +223,6 @@ def test_without_pages_nothing_is_written(tokens, message):
         ),
         ({"page_table": torch.zeros(1, 4)}, "page_table has dtype Float; expected Int"),
         ({"kv_len": torch.zeros(1, dtype=torch.int64)}, "kv_len has dtype Long; expected Int"),
-        ({"kv_len": torch.full((1,), -3, dtype=torch.int32)}, "sequence 0 has kv_len -3"),
         (
             {"ring_k": torch.zeros(1, 95, 2, 64)},
             "ring_k has 95 slots; a window of 32 tokens needs at least 96",
@@ -214,27 +233,25 @@ def test_without_pages_nothing_is_written(tokens, message):
             r"sink_v has shape \[1, 4, 2, 64\]; expected \[1, 5, 2, 64\]",
         ),
         ({"k_clip": torch.ones(2, 2)}, r"k_clip has shape \[2, 2\]; expected \[2, 1\]"),
+        ({"window": 0}, "window is 0; at least 1 token"),
+    ],
+)
+def test_what_append_refuses(change, message, device: Device):
+    refuses(device, dict(change), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": [2]}, "cu_seqlens runs from 0 to 2; expected 0 to 3"),
+        ({"lengths": [5, -2], "batch": 2}, "cu_seqlens decreases from 5 to 3 at sequence 1"),
+        ({"kv_len": torch.full((1,), -3, dtype=torch.int32)}, "sequence 0 has kv_len -3"),
         ({"v_clip": torch.zeros(2, 1)}, "v_clip holds 0; a clip ratio is above 0 and at most 1"),
         (
             {"exponents": torch.full((2, 4), 40, dtype=torch.int32)},
             "exponents of head 0 hold 40; allowed is -32 to 32",
         ),
-        ({"window": 0}, "window is 0; at least 1 token"),
     ],
 )
-def test_what_append_refuses(change, message):
-    batch = change.pop("batch", 1)
-    case = Case(FORMAT, batch=batch)
-    rows = {
-        "k": torch.zeros(3, 2, 64),
-        "v": torch.zeros(3, 2, 64),
-        "lengths": None,
-        "window": case.window,
-    }
-    rows.update({name: change.pop(name) for name in list(change) if name in rows})
-    case.cache = case.cache._replace(**change)
-    case.window = rows["window"]
-    before = snapshot(case)
-    with pytest.raises(ValueError, match=message):
-        case.append(rows["k"], rows["v"], rows["lengths"])
-    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(case), strict=True))
+def test_contents_that_append_refuses_on_the_cpu(change, message):
+    refuses(CPU, dict(change), message)

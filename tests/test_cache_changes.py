@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import EMULATED, Device
 from layer_oracle import (
     DIM,
     HEADS,
@@ -34,13 +35,21 @@ K, V = rows(600, HEADS, seed=0), rows(600, HEADS, seed=1)
 Q = rows(1, QUERY_HEADS, seed=2)
 
 
+def on(device: Device) -> list[torch.Tensor]:
+    """K, V and Q there."""
+    return [x.to(device.name) for x in (K, V, Q)]
+
+
 @PAGING
 @pytest.mark.parametrize("sliding_window", [0, 70])
-def test_taken_back_tokens_leave_no_trace(max_len: int | None, sliding_window: int) -> None:
+def test_taken_back_tokens_leave_no_trace(
+    max_len: int | None, sliding_window: int, device: Device
+) -> None:
     """Speculative decoding: drafts go in, some are taken back, the right tokens follow."""
-    options = {"max_len": max_len, "sliding_window": sliding_window}
+    options = {"max_len": max_len, "sliding_window": sliding_window, "device": device}
     plain, drafted = make_layer(**options), make_layer(**options)
-    wrong = rows(600, HEADS, seed=9)
+    K, V, Q = on(device)
+    wrong = rows(600, HEADS, seed=9, device=device)
     for layer in (plain, drafted):
         layer.append(K[:200], V[:200])
     done = 200
@@ -62,8 +71,11 @@ def test_taken_back_tokens_leave_no_trace(max_len: int | None, sliding_window: i
 
 
 @PAGING
-def test_crop_reaches_back_as_far_as_promised_and_no_further(max_len: int | None) -> None:
-    cache = make_cache(max_len=max_len)
+def test_crop_reaches_back_as_far_as_promised_and_no_further(
+    max_len: int | None, device: Device
+) -> None:
+    cache = make_cache(device, max_len=max_len)
+    K, V, _ = on(device)
     for layer in range(2):
         cache.append(layer, K[:400], V[:400])
     cache.crop(-40)
@@ -102,8 +114,8 @@ def test_crop_is_all_or_nothing_over_layers_and_sequences() -> None:
 
 
 @PAGING
-def test_sequences_move_and_then_live_their_own_lives(max_len: int | None) -> None:
-    layer = make_layer(batch_size=3, max_len=max_len)
+def test_sequences_move_and_then_live_their_own_lives(max_len: int | None, device: Device) -> None:
+    layer = make_layer(batch_size=3, device=device, max_len=max_len)
     sequences = [Sequence() for _ in range(3)]
     feed(layer, sequences, [300, 5, 131], seed=0)
     for step, order in enumerate([[2, 0, 0], [1, 1, 1, 0], [3, 2], [1]]):
@@ -136,8 +148,8 @@ def test_packed_pages_are_shared_not_copied() -> None:
     assert torch.equal(cache.layers[0].tensors.page_table, before[[2, 0]])
 
 
-def test_a_shared_tile_is_packed_again_on_a_fresh_page() -> None:
-    layer = make_layer()
+def test_a_shared_tile_is_packed_again_on_a_fresh_page(device: Device) -> None:
+    layer = make_layer(device=device)
     sequence = Sequence()
     feed(layer, [sequence], [150], seed=0)
     layer.take([0, 0])
@@ -157,8 +169,8 @@ def test_a_failed_append_changes_nothing(max_len: int | None) -> None:
         ("v has shape", (k, k[:7])),
         ("k has shape", (k[:, :1], k[:, :1])),
         ("k has shape", (k[:, :, :32], k[:, :, :32])),
-        (r"k is torch\.float16 on cpu; this cache was made for torch\.float32", (k.half(), k)),
-        (r"k is torch\.float32 on meta", (k.to("meta"), k)),
+        (r"k is torch\.float64 on cpu; this cache was made for torch\.float", (k.double(), k)),
+        (r"k is torch\.float\d+ on meta", (k.to("meta"), k)),
         ("shape .* the cache holds 2 sequences", (k, k, starts([100, 50, 50]))),
         ("must rise from 0", (k, k, torch.tensor([0, 150, 100], dtype=torch.int32))),
         ("201 tokens cannot be shared out equally", (K[:201], V[:201])),
@@ -221,6 +233,7 @@ def test_a_plan_of_another_model_is_refused() -> None:
         SkvqCache(1, QUERY_HEADS, HEADS, DIM, plan=plan, scheme="k2-v1.5-g32-fp8-centre")
 
 
+@pytest.mark.skipif(EMULATED, reason="about csrc/cpu, whose place the emulator takes")
 def test_the_custom_model_example_runs() -> None:
     example = Path(__file__).parent.parent / "examples" / "custom_model.py"
     text = example.read_text()

@@ -22,6 +22,7 @@ from skvq_ext.cache import DEFAULT_SCHEME
 from skvq_ext.generation import full_cache, packed_cache
 from skvq_ext.models import ModelError, load_model
 from skvq_ext.perplexity import packed_chunk, score, score_full, score_packed
+from skvq_ext.report import cuda_formats
 from skvq_ext.scheme import Scheme
 
 SMALL = "k2-v1.5-g32-w16-sink3-fp8"
@@ -75,6 +76,18 @@ def test_info() -> None:
     assert {code["name"] for code in known["formats"]["codes"]} >= {"2", "1.5"}
     shown = run("info")
     assert known["build"]["cpu_isa"] in shown and "1.625" in shown
+    cuda = known["build"]["cuda"]
+    assert ("not in this build" if cuda is None else cuda["archs"]) in shown
+    assert ("Formats that attention reads on CUDA" in shown) == (cuda is not None)
+
+
+def test_decode_kernels_are_shown_by_format() -> None:
+    instances = [f"k3:{n // 2}/{n}+2-v1.5-g64 at head_dim {n}" for n in (64, 128)]
+    instances += [f"k2-v2-g{g} at head_dim 64" for g in (32, 64)]
+    assert cuda_formats(instances) == [
+        ("k3:1/2+2-v1.5", "64: 64; 128: 64"),
+        ("k2-v2", "64: 32, 64"),
+    ]
 
 
 def test_default_scheme_is_that_of_the_cache() -> None:

@@ -10,16 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from cache_cases import Case, cu_seqlens
+from devices import EMULATED, Device
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skvq_ext import RecordFormat, build_info, ops
 
 FORMAT = RecordFormat("2", "1.5", 128, "fp8", 64)
-NAMES = FORMAT.args._asdict()
 
 
-def case_with(tokens: int) -> Case:
-    case = Case(FORMAT)
+def names(case: Case) -> dict[str, object]:
+    return case.fmt.args._asdict()
+
+
+def case_with(tokens: int, device: Device) -> Case:
+    case = Case(FORMAT, device)
     # opcheck compares all bytes, and NaN is not equal to itself.
     case.cache = case.cache._replace(
         **{
@@ -31,92 +35,134 @@ def case_with(tokens: int) -> Case:
     return case
 
 
-def test_opcheck_append():
-    case = case_with(90)
-    arguments = (case.rows(40), case.rows(40), cu_seqlens([40]), *case.cache)
+def test_opcheck_append(device: Device):
+    case = case_with(90, device)
+    arguments = (case.rows(40), case.rows(40), cu_seqlens([40], device), *case.cache)
     torch.library.opcheck(
-        torch.ops.skvq.append.default, arguments, {**NAMES, "window": case.window}
+        torch.ops.skvq.append.default, arguments, {**names(case), "window": case.window}
     )
 
 
-def test_opcheck_decode_attention():
-    case = case_with(300)
-    arguments = (
-        case.rows(2, 4),
-        None,
-        *case.cache[:7],
-        case.cache.exponents,
-        torch.zeros(4),
-        torch.zeros(2, 4),
-    )
-    options = {**NAMES, "window": case.window, "softmax_scale": 0.125}
-    torch.library.opcheck(torch.ops.skvq.decode_attention.default, arguments, options)
+@pytest.mark.parametrize("own_workspace", [False, True])
+def test_opcheck_decode_attention(own_workspace: bool, device: Device):
+    case = case_with(300, device)
+    tensors = case.rows(2, 4), None, *case.cache[:7], case.cache.exponents
+    options = {**names(case), "window": case.window}
+    skvq = torch.ops.skvq
+    checks = ("test_schema", "test_autograd_registration")
+    torch.library.opcheck(skvq.decode_workspace_bytes.default, tensors, options, test_utils=checks)
+    extras = [torch.zeros(4, device=device.name), torch.zeros(2, 4, device=device.name)]
+    if own_workspace:
+        size = skvq.decode_workspace_bytes(*tensors, **options)
+        assert (size > 0) == device.tensor_cores
+        extras.append(torch.zeros(size, dtype=torch.uint8, device=device.name))
+    options["softmax_scale"] = 0.125
+    torch.library.opcheck(skvq.decode_attention.default, (*tensors, *extras), options)
 
 
-def test_opcheck_the_others():
+def test_opcheck_the_others(device: Device):
     opcheck, skvq = torch.library.opcheck, torch.ops.skvq
-    case = case_with(300)
+    case = case_with(300, device)
+
+    def here(x: torch.Tensor) -> torch.Tensor:
+        return x.to(device.name)
+
     groups = torch.tensor([0, 3, 64], dtype=torch.int32)
-    x = torch.randn(5, 64)
+    x, clip = here(torch.randn(5, 64)), here(torch.ones(2))
     # fp16 metadata: opcheck itself multiplies results, which PyTorch cannot do with float8 on the CPU.
-    opcheck(skvq.quantize_pack.default, (x, groups, torch.ones(2)), {"code": "1.5", "meta": "fp16"})
+    opcheck(skvq.quantize_pack.default, (x, groups, clip), {"code": "1.5", "meta": "fp16"})
     codes, metas = ops.quantize_pack(x, groups, code="1.5", meta="fp16")
     opcheck(skvq.dequantize_unpack.default, (codes, metas, groups), {"code": "1.5"})
     permutation = torch.stack([torch.randperm(64) for _ in range(2)]).to(torch.int32)
-    opcheck(skvq.permute_channels.default, (case.rows(3), permutation))
-    state = torch.randn(3, 2, 64), torch.randn(3, 2)
+    opcheck(skvq.permute_channels.default, (case.rows(3), here(permutation)))
+    state = here(torch.randn(3, 2, 64)), here(torch.randn(3, 2))
     opcheck(skvq.merge_states.default, (*state, *(t.clone() for t in state)))
-    ids = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([2, 3], dtype=torch.int32)
+    ids = (here(torch.tensor(pair, dtype=torch.int32)) for pair in ([0, 1], [2, 3]))
     opcheck(skvq.copy_pages.default, (case.cache.pages, *ids))
     packed = case.cache.page_table[0, :2].contiguous()
     opcheck(
         skvq.unpack_pages.default,
         (case.cache.pages, packed, case.cache.exponents),
-        {**NAMES, "head_dim": 64},
+        {**names(case), "head_dim": 64},
     )
+    options = {**names(case), "target": "rows", "head_dim": 64}
+    opcheck(skvq.repack_pages.default, (case.cache.pages.cpu(),), options)
 
 
-def test_compile_full_graph_through_a_model_like_function():
-    weight = torch.randn(64 * 4, 64 * 4) / 16
+def test_compile_full_graph_through_a_model_like_function(device: Device):
+    eager, compiled = case_with(99, device), case_with(99, device)
+    fmt = eager.fmt.args
+    weight = (torch.randn(64 * 4, 64 * 4) / 16).to(device.name, device.dtype)
 
     def step(x, cache):
         rows = (x @ weight).reshape(1, 4, 64)
-        ops.append(rows[:, :2], rows[:, 2:], None, cache, FORMAT.args, window=32)
-        out, _ = ops.decode_attention(
-            rows, None, cache, FORMAT.args, window=32, softmax_scale=0.125
-        )
+        ops.append(rows[:, :2], rows[:, 2:], None, cache, fmt, window=32)
+        out, _ = ops.decode_attention(rows, None, cache, fmt, window=32, softmax_scale=0.125)
         return torch.nn.functional.silu(out.flatten(1)) @ weight
 
-    eager, compiled = case_with(99), case_with(99)
     run = torch.compile(step, fullgraph=True, backend="aot_eager")
     for _ in range(4):
-        x = torch.randn(1, 256)
+        x = torch.randn(1, 256).to(device.name, device.dtype)
         torch.testing.assert_close(run(x, compiled.cache), step(x, eager.cache), rtol=0, atol=1e-6)
     assert compiled.cache.kv_len.item() == eager.cache.kv_len.item() == 103
     assert torch.equal(compiled.cache.pages, eager.cache.pages)
 
 
+def fake_cache() -> ops.CacheTensors:
+    """A cache on a GPU that need not exist; inside of a FakeTensorMode."""
+    rows = torch.empty(1, 160, 2, 64, dtype=torch.bfloat16, device="cuda")
+    table, kv_len = (torch.empty(s, dtype=torch.int32, device="cuda") for s in ((1, 4), (1,)))
+    pages = torch.empty(8, 2, 2112, dtype=torch.uint8, device="cuda")
+    clip, exponents = torch.empty(2, 1, device="cuda"), torch.empty(2, 4, device="cuda").int()
+    return ops.CacheTensors(pages, table, rows, rows, rows, rows, kv_len, clip, clip, exponents)
+
+
 def test_shapes_are_known_without_data_on_any_device():
     with FakeTensorMode():
-        q = torch.empty(7, 4, 64, dtype=torch.bfloat16, device="cuda")
-        rows = torch.empty(1, 160, 2, 64, dtype=torch.bfloat16, device="cuda")
-        integers = torch.empty(1, 4, dtype=torch.int32, device="cuda")
-        pages = torch.empty(8, 2, 2112, dtype=torch.uint8, device="cuda")
-        cache = ops.CacheTensors(
-            pages, integers, rows, rows, rows, rows, integers.squeeze(), q, q, integers
-        )
-        out, lse = ops.decode_attention(q, None, cache, FORMAT.args, window=32, softmax_scale=1.0)
+        cache, q = fake_cache(), torch.empty(7, 4, 64, dtype=torch.bfloat16, device="cuda")
+        workspace = torch.empty(999, dtype=torch.uint8, device="cuda")
+        options = {"window": 32, "softmax_scale": 1.0, "workspace": workspace}
+        out, lse = ops.decode_attention(q, None, cache, FORMAT.args, **options)
         assert (out.shape, out.dtype, out.device.type) == (q.shape, torch.bfloat16, "cuda")
         assert (lse.shape, lse.dtype) == ((7, 4), torch.float32)
+        k = torch.empty(7, 2, 64, dtype=torch.bfloat16, device="cuda")
+        ops.append(k, k, None, cache, FORMAT.args, window=32)
+        with pytest.raises(RuntimeError, match="ask for it before tracing, or pass no workspace"):
+            ops.decode_workspace_bytes(q, None, cache, FORMAT.args, window=32)
+        ids = torch.empty(3, dtype=torch.int32, device="cuda")
+        ops.copy_pages(cache.pages, ids, ids)
+        k, v = ops.unpack_pages(cache.pages, ids, cache.exponents, FORMAT.args, 64)
+        assert k.shape == v.shape == (3, 2, 64, 64) and k.device.type == "cuda"
+        assert ops.repack_pages(cache.pages, FORMAT.args, 64, "mma").shape == cache.pages.shape
+        tables = (None, None, None, torch.empty(64, 64, device="cuda"))
+        assert ops.enter_heads(q, *tables, num_kv_heads=2).device == q.device
+        assert ops.leave_heads(q, *tables, None, num_kv_heads=2).shape == q.shape
+        merged, _ = ops.merge_states(out, lse, out, lse)
+        assert (merged.shape, merged.device.type) == (q.shape, "cuda")
+
+
+def test_tensors_on_different_devices_are_named():
+    with FakeTensorMode(), pytest.raises(ValueError, match=r"different devices \(cpu, cuda:0\)"):
+        q = torch.empty(7, 4, 64, dtype=torch.bfloat16)
+        options = {"window": 32, "softmax_scale": 1.0}
+        ops.decode_attention(q, None, fake_cache(), FORMAT.args, **options)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
+def test_the_tensor_on_another_device_is_named():
+    case = Case(FORMAT, dtype=torch.float16)
+    case.append(case.rows(100), case.rows(100))
+    with pytest.raises(ValueError, match="ring_k is on cpu and the other tensors of this call on"):
+        case.attend(torch.zeros(1, 4, 64, dtype=torch.float16, device="cuda"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_permute_channels(dtype):
+def test_permute_channels(dtype, device: Device):
     x = torch.randn(3, 5, 2, 96).to(dtype)
     permutation = torch.stack([torch.randperm(96) for _ in range(2)])
-    got = ops.permute_channels(x, permutation.to(torch.int32))
+    got = ops.permute_channels(x.to(device.name), permutation.int().to(device.name))
     want = torch.stack([x[..., h, permutation[h]] for h in range(2)], dim=-2)
-    assert torch.equal(got, want)
+    assert torch.equal(got.cpu(), want)
 
 
 @pytest.mark.parametrize(
@@ -145,15 +191,18 @@ def test_permutations_that_are_refused(x, permutation, message):
         ops.permute_channels(x, permutation)
 
 
-def test_copy_pages():
-    pages = torch.randint(0, 256, (6, 2, 32), dtype=torch.uint8)
+def test_copy_pages(device: Device):
+    pages = torch.randint(0, 256, (6, 2, 32), dtype=torch.uint8, device=device.name)
     before = pages.clone()
-    ops.copy_pages(
-        pages, torch.tensor([0, 1], dtype=torch.int32), torch.tensor([5, 3], dtype=torch.int32)
-    )
+    ids = (torch.tensor(x, dtype=torch.int32, device=device.name) for x in ([0, 1], [5, 3]))
+    ops.copy_pages(pages, *ids)
     assert torch.equal(pages[[5, 3]], before[[0, 1]]) and torch.equal(
         pages[[0, 1, 2, 4]], before[[0, 1, 2, 4]]
     )
+
+
+def test_pages_that_cannot_be_copied():
+    pages = torch.zeros(6, 2, 32, dtype=torch.uint8)
     for source, target, message in (
         ([0], [6], r"target_ids\[0\] is 6; pages are 0 to 5"),
         ([0, 1], [2, 2], "target_ids names page 2 twice"),
@@ -170,13 +219,17 @@ import hashlib, sys, torch
 sys.path.insert(0, {tests!r})
 from cache_cases import Case
 from skvq_ext import RecordFormat, build_info
-case = Case(RecordFormat("3:1/2+2", "1.5", 32, "fp8", 128))
+case = Case(RecordFormat("3:1/2+2", "1.5", 128, "fp8", 128))
 k, v, q = case.rows(400), case.rows(400), case.rows(2, 8)
 case.append(k, v)
 out, _ = case.attend(q)
 digest = hashlib.sha256(case.cache.pages.numpy().tobytes()).hexdigest()
 print(build_info()["cpu_isa"], digest, out.double().sum().item())
 """
+
+
+# The emulator takes the place of csrc/cpu.
+ONLY_CPU = pytest.mark.skipif(EMULATED, reason="about csrc/cpu, whose place the emulator takes")
 
 
 def run_with_isa(isa: str) -> subprocess.CompletedProcess[str]:
@@ -187,6 +240,7 @@ def run_with_isa(isa: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@ONLY_CPU
 def test_every_instruction_set_packs_the_same_bytes():
     results = {}
     for isa in build_info()["cpu_isas"].split(", "):
@@ -211,14 +265,14 @@ def test_an_unknown_instruction_set_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [64, 80, 112, 192, 512])
-def test_heads_enter_and_leave(dim, dtype):
+def test_heads_enter_and_leave(dim, dtype, device: Device):
     x = torch.randn(7, 6, dim).to(dtype)
     permutation = torch.stack([torch.randperm(dim) for _ in range(2)])
     shift, scale = torch.randn(2, dim), torch.rand(2, dim) + 0.5
     matrix, share = torch.randn(2, dim, dim) / dim**0.5, torch.rand(7, 6)
-    tables = (permutation.to(torch.int32), shift, scale)
-    entered = ops.enter_heads(x, *tables, matrix, num_kv_heads=2)
-    left = ops.leave_heads(x, *tables, matrix, share, num_kv_heads=2)
+    there = [t.to(device.name) for t in (x, permutation.int(), shift, scale, matrix, share)]
+    entered = ops.enter_heads(*there[:5], num_kv_heads=2).cpu()
+    left = ops.leave_heads(*there, num_kv_heads=2).cpu()
     for head in range(6):
         kv = head // 3
         rows = (x[:, head].double() - shift[kv])[:, permutation[kv]] * scale[kv]
@@ -230,13 +284,35 @@ def test_heads_enter_and_leave(dim, dtype):
         back[:, permutation[kv]] = x[:, head].double() @ matrix[kv].double() * scale[kv]
         back += share[:, head, None] * shift[kv]
         torch.testing.assert_close(left[:, head].double(), back, rtol=tolerance, atol=tolerance)
-    torch.library.opcheck(
-        torch.ops.skvq.enter_heads.default, (x, *tables, matrix), {"num_kv_heads": 2}
-    )
-    arguments = (x, *tables, matrix, share)
-    torch.library.opcheck(torch.ops.skvq.leave_heads.default, arguments, {"num_kv_heads": 2})
-    nothing = ops.enter_heads(x, None, None, None, None, num_kv_heads=6)
-    assert torch.equal(nothing, x)
+    options = {"num_kv_heads": 2}
+    torch.library.opcheck(torch.ops.skvq.enter_heads.default, tuple(there[:5]), options)
+    torch.library.opcheck(torch.ops.skvq.leave_heads.default, tuple(there), options)
+    nothing = ops.enter_heads(there[0], None, None, None, None, num_kv_heads=6)
+    assert torch.equal(nothing.cpu(), x)
+
+
+def map_in_order(x, permutation, shift, scale, matrix):
+    """The map into the cache in float32, one product after the other from the first channel to the last."""
+    heads = []
+    for head in range(x.shape[1]):
+        kv = head // (x.shape[1] // len(shift))
+        u = (x[:, head].float() - shift[kv])[:, permutation[kv].long()] * scale[kv]
+        total = torch.zeros_like(u)
+        for i in range(u.shape[1]):
+            total += u[:, i, None] * matrix[kv, i]
+        heads.append(total)
+    return torch.stack(heads, dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256, 512])
+def test_every_device_maps_heads_to_the_same_bits(dim, dtype, device: Device):
+    x = (torch.randn(5, 4, dim) * 3).to(dtype)
+    tables = torch.stack([torch.randperm(dim) for _ in range(2)]).int(), torch.randn(2, dim)
+    arguments = (x, *tables, torch.rand(2, dim) + 0.5, torch.randn(2, dim, dim) / dim**0.5)
+    there = [t.to(device.name) for t in arguments]
+    got = ops.enter_heads(*there, num_kv_heads=2).cpu()
+    assert torch.equal(got, map_in_order(*arguments).to(dtype))
 
 
 @pytest.mark.parametrize(

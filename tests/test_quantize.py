@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from cache_cases import Case
+from devices import EMULATED, Device
 
 from skvq_ext import RecordFormat, format_table, ops
 from skvq_ext.reference import quantize_group
@@ -32,20 +33,18 @@ def reference_rows(x, sizes, code, meta, clip, exponents=(0, 0)):
 @pytest.mark.parametrize("meta", ["fp8", "fp16"])
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("reorder", [False, True])
-def test_packed_rows_equal_the_reference_in_every_bit(code, meta, dtype, reorder):
+def test_packed_rows_equal_the_reference_in_every_bit(code, meta, dtype, reorder, device: Device):
     torch.manual_seed(1)
     x = torch.randn(5, sum(UNEVEN)) * torch.linspace(0.01, 3, sum(UNEVEN))
     if reorder:
         x = x[:, torch.randperm(x.shape[1])].contiguous()
     x = x.to(dtype)
     clip = torch.linspace(0.8, 1.0, len(UNEVEN))
-    codes, metas = ops.quantize_pack(
-        x, starts(UNEVEN), clip, code=code, meta=meta, scale_exponent=-3, zero_exponent=-2
-    )
-    back = ops.dequantize_unpack(
-        codes, metas, starts(UNEVEN), code=code, scale_exponent=-3, zero_exponent=-2
-    )
-    assert torch.equal(back, reference_rows(x, UNEVEN, code, meta, clip, (-3, -2)))
+    exponents = {"scale_exponent": -3, "zero_exponent": -2}
+    there = x.to(device.name), starts(UNEVEN), clip.to(device.name)
+    codes, metas = ops.quantize_pack(*there, code=code, meta=meta, **exponents)
+    back = ops.dequantize_unpack(codes, metas, starts(UNEVEN), code=code, **exponents)
+    assert torch.equal(back.cpu(), reference_rows(x, UNEVEN, code, meta, clip, (-3, -2)))
 
 
 @pytest.mark.parametrize(
@@ -74,8 +73,8 @@ def test_fp8_metadata_costs_nothing(code, limit, size):
 
 @pytest.mark.parametrize("meta", ["fp8", "fp16"])
 @pytest.mark.parametrize("code", CODES)
-def test_large_values_stay_finite(code, meta):
-    x = torch.linspace(-1000, 1000, 256).reshape(2, 128)
+def test_large_values_stay_finite(code, meta, device: Device):
+    x = torch.linspace(-1000, 1000, 256, device=device.name).reshape(2, 128)
     codes, metas = ops.quantize_pack(
         x, starts([128]), code=code, meta=meta, scale_exponent=2, zero_exponent=2
     )
@@ -99,14 +98,15 @@ def test_clip_does_not_shift_one_sided_groups():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_value_that_is_not_finite_spoils_its_group_only(bad):
+def test_a_value_that_is_not_finite_spoils_its_group_only(bad, device: Device):
     x = torch.randn(3, 96)
     x[1, 40] = bad
+    x = x.to(device.name)
     codes, metas = ops.quantize_pack(x, starts([32, 32, 32]), code="2")
     back = ops.dequantize_unpack(codes, metas, starts([32, 32, 32]), code="2")
     spoiled = torch.zeros(3, 96, dtype=torch.bool)
     spoiled[1, 32:64] = True
-    assert torch.equal(back.isnan(), spoiled)
+    assert torch.equal(back.isnan().cpu(), spoiled)
 
 
 def test_record_sizes():
@@ -138,6 +138,7 @@ def code_from_rows(section: bytes, code: str, channels: int, token: int, channel
     return value
 
 
+@pytest.mark.skipif(EMULATED, reason="about csrc/cpu, whose place the emulator takes")
 @pytest.mark.parametrize("code", CODES)
 def test_bytes_of_a_record_in_rows(code):
     fmt = RecordFormat(code, "2", 32, "fp8", 64, "rows")
@@ -163,18 +164,15 @@ def test_bytes_of_a_record_in_rows(code):
         if ":" not in k or head_dim * int(k[2]) % (int(k[4]) * 16) == 0
     ],
 )
-def test_both_arrangements_hold_the_same_numbers_as_the_reference(k, head_dim):
+def test_all_arrangements_hold_the_same_numbers_as_the_reference(k, head_dim, device: Device):
+    arrangements = ["mma"] if device.tensor_cores else format_table()["arrangements"]
     read = {}
-    for arrangement in ("rows", "lanes"):
-        case = Case(
-            RecordFormat(k, k.split(":")[0], 32, "fp16", head_dim, arrangement), sinks=2, window=3
-        )
+    for arrangement in arrangements:
+        fmt = RecordFormat(k, k.split(":")[0], 32, "fp16", head_dim, arrangement)
+        case = Case(fmt, device, sinks=2, window=3, dtype=torch.float32)
         rows_k, rows_v = case.rows(135), case.rows(135)
         case.append(rows_k, rows_v)
-        ids = case.cache.page_table[0, :2].contiguous()
-        read[arrangement] = ops.unpack_pages(
-            case.cache.pages, ids, case.cache.exponents, case.fmt.args, head_dim
-        )
+        read[arrangement] = case.unpack(case.cache.page_table[0, :2].contiguous())
     reference = case.reference(rows_k, rows_v)
     for arrangement, (got_k, got_v) in read.items():
         for got, want in ((got_k, reference.packed_k), (got_v, reference.packed_v)):
@@ -237,6 +235,13 @@ def test_rows_that_are_refused(change, message):
     arguments = {"x": torch.zeros(4, 16), "group_start": starts([16]), "code": "2", **change}
     with pytest.raises(ValueError, match=message):
         ops.quantize_pack(**arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
+def test_group_starts_on_a_gpu_are_refused():
+    x = torch.zeros(4, 16, device="cuda")
+    with pytest.raises(ValueError, match=r"group_start is on a GPU.*call \.cpu\(\) on it"):
+        ops.quantize_pack(x, starts([16]).cuda(), code="2")
 
 
 def test_codes_that_do_not_fit_their_groups_are_refused():

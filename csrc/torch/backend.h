@@ -23,7 +23,7 @@ struct Place {
 
 struct Backend {
   ArrangementKind arrangement;  // the one its attention is made for
-  int alignment;                // bytes that rows and pages must be aligned to
+  int alignment;                // bytes to which pages, sinks, ring and queries must be aligned
 
   void (*append)(const AppendArgs& args, const Place& place);
   // Throws std::invalid_argument where there is no kernel for the format and dtype.

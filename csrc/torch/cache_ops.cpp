@@ -95,7 +95,7 @@ DecodeArgs decode_shapes(const Tensor& q, const OptionalTensor& cu_seqlens_q, co
              " heads; expected a multiple of the cache's ", kv_heads, " KV heads");
   SKVQ_CHECK(sliding_window >= 0, "sliding_window is ", sliding_window,
              "; expected 0 (none) or the number of tokens a query sees");
-  a.q = make_rows(q, "q", place);
+  a.q = make_aligned_rows(q, "q", place);
   a.q_dtype = float_dtype(q, "q");
   a.queries = make_ragged(cu_seqlens_q, "cu_seqlens_q", num_tokens, a.cache.batch, place);
   a.num_q_heads = static_cast<int>(num_q_heads);

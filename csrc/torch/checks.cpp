@@ -151,17 +151,22 @@ CacheView make_cache_view(const CacheTensors& t, const FormatText& text, std::in
 
 RowsView make_rows(const Tensor& t, const char* name, const Place& place) {
   check_place(t, name, place);
-  const std::int64_t strides[] = {t.stride(0), t.stride(1)};
   SKVQ_CHECK(t.stride(2) == 1 || t.size(2) <= 1, name, " has stride ", t.stride(2),
              " in its last dimension; channels must be adjacent: call .contiguous() on it");
+  return {t.const_data_ptr(), t.stride(0), t.stride(1)};
+}
+
+RowsView make_aligned_rows(const Tensor& t, const char* name, const Place& place) {
+  const RowsView rows = make_rows(t, name, place);
   check_alignment(t, name, place);
   const int bytes = dtype_bytes(float_dtype(t, name)), alignment = place.backend->alignment;
-  for (const int i : {0, 1}) {
+  const std::int64_t strides[] = {rows.token_stride, rows.head_stride};
+  for (int i = 0; i < 2; ++i) {
     SKVQ_CHECK(t.size(i) <= 1 || strides[i] * bytes % alignment == 0, name, " has stride ", strides[i],
                " in dimension ", i, ", and the CUDA kernels load ", alignment / bytes,
                " channels at once; call .contiguous() on it");
   }
-  return {t.const_data_ptr(), strides[0], strides[1]};
+  return rows;
 }
 
 Ragged make_ragged(const OptionalTensor& cu_seqlens, const char* name, std::int64_t num_tokens, int batch,

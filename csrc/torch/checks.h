@@ -55,6 +55,8 @@ CacheView make_cache_view(const CacheTensors& t, const FormatText& format, std::
 
 // Rows [num_tokens, num_heads, head_dim]; any strides for tokens and heads.
 RowsView make_rows(const Tensor& t, const char* name, const Place& place);
+// The same for kernels that load many bytes at once.
+RowsView make_aligned_rows(const Tensor& t, const char* name, const Place& place);
 Ragged make_ragged(const OptionalTensor& cu_seqlens, const char* name, std::int64_t num_tokens, int batch,
                    const Place& place);
 
