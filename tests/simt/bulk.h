@@ -1,8 +1,8 @@
 // mbarrier and cp.async.bulk: copies that announce themselves at a barrier in shared memory.
 //
 // Bytes arrive when no thread can go on without them (or at once, see config.h). Until then the destination is
-// scribbled over and poisoned. For ThreadSanitizer a thread of its own writes them, once at issue and once at arrival,
-// and whoever waited for the barrier comes after it.
+// scribbled over and poisoned. For ThreadSanitizer a thread of its own writes them at issue, and whoever waited for the
+// barrier comes after it. Each warp has such a thread, so that no warp's copies order what another one does.
 #pragma once
 
 #include "simt/copies.h"
@@ -85,32 +85,22 @@ __attribute__((noinline)) SIMT_RUNTIME inline void mbarrier_wait(std::uint64_t* 
 
 // ---- cp.async.bulk ----
 
-// ThreadSanitizer: what follows in this scope is done by the copying thread of the block.
-class AsBulkThread {
- public:
-  SIMT_RUNTIME explicit AsBulkThread(const Block& b) : before_(this_thread()) { become_thread(b.bulk_thread); }
-  SIMT_RUNTIME ~AsBulkThread() { become_thread(before_); }
-
- private:
-  void* before_;
-};
-
-SIMT_RUNTIME inline void see_bulk(const BulkCopy& c) {
-  saw_read(c.from, c.bytes, c.caller);
-  saw_write(c.to, c.bytes, c.caller);
+SIMT_RUNTIME inline void see_bulk(Warp& w, const BulkCopy& c, void* caller) {
+  release(&w.bulk_token);
+  void* issuer = this_thread();
+  become_thread(w.bulk_thread);
+  acquire(&w.bulk_token);
+  saw_read(c.from, c.bytes, caller);
+  saw_write(c.to, c.bytes, caller);
+  release(&c.barrier->tokens[c.barrier->phase & 1]);
+  become_thread(issuer);
 }
 
 SIMT_RUNTIME inline void arrive(Block& b, const BulkCopy& c) {
-  PhaseBarrier& m = *c.barrier;
-  {
-    AsBulkThread as(b);
-    see_bulk(c);
-    release(&m.tokens[m.phase & 1]);
-  }
   unpoison(c.to, c.bytes);
   copy_bytes(c.to, c.from, c.bytes);
-  m.bytes -= c.bytes;
-  complete_phase(b, m);
+  c.barrier->bytes -= c.bytes;
+  complete_phase(b, *c.barrier);
 }
 
 SIMT_RUNTIME inline void arrive_at(Block& b, const PhaseBarrier& m) {
@@ -160,14 +150,8 @@ __attribute__((noinline)) SIMT_RUNTIME inline void cp_async_bulk(void* to, const
   check_no_overlap(b, static_cast<unsigned char*>(to), bytes, here);
   check_copy(b, "cp.async.bulk", to, from, bytes, bytes, 16, here);
   if (b.num_bulk == kMaxBulk) fail("cp.async.bulk at %s:%u: more than %u are under way", SIMT_AT(here), kMaxBulk);
-  const BulkCopy c{
-      static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, &m, here, SIMT_CALLER};
-  release(&b.bulk_token);
-  {
-    AsBulkThread as(b);
-    acquire(&b.bulk_token);
-    see_bulk(c);
-  }
+  const BulkCopy c{static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, &m, here};
+  see_bulk(*f.warp, c, SIMT_CALLER);
   if (arrives_early()) {
     arrive(b, c);
   } else {

@@ -122,7 +122,6 @@ SIMT_RUNTIME inline void start_block(Block& b, std::uint64_t index, dim3 blocks,
   b.last_warp = nullptr;
   fill_bytes(&b.barrier, sizeof b.barrier, 0);
   b.dynamic = {nullptr, dynamic_bytes == 0 ? nullptr : allocate_shared(dynamic_bytes, 128), dynamic_bytes};
-  make_thread(&b.bulk_thread, "bulk copies");
   for (unsigned i = 0; i < b.num_warps; ++i) {
     Warp& w = b.warps[i];
     const unsigned lanes = b.num_threads - i * kLanes;
@@ -130,6 +129,7 @@ SIMT_RUNTIME inline void start_block(Block& b, std::uint64_t index, dim3 blocks,
     w.lanes = w.live = lanes >= kLanes ? ~0u : (1u << lanes) - 1;
     w.ready = w.num_open = 0;
     w.phase = 0;
+    make_thread(&w.bulk_thread, "bulk copies");
     make_ready(b, w, w.lanes);
   }
   for (unsigned t = 0; t < b.num_threads; ++t) start_thread(b, t);
@@ -186,10 +186,13 @@ SIMT_RUNTIME inline void drop_threads(Block& b) {
     become_thread(b.fibers[t].thread);
     release(&machine.end);
   }
-  become_thread(b.bulk_thread);
-  release(&machine.end);
+  for (unsigned w = 0; w < b.num_warps; ++w) {
+    become_thread(b.warps[w].bulk_thread);
+    release(&machine.end);
+  }
   become_thread(machine.thread);
   for (unsigned t = 0; t < b.num_threads; ++t) drop_thread(&b.fibers[t].thread);
+  for (unsigned w = 0; w < b.num_warps; ++w) drop_thread(&b.warps[w].bulk_thread);
 }
 
 SIMT_RUNTIME inline std::string run_block(Block& b) {

@@ -74,6 +74,8 @@ struct Warp {
   Rendezvous open[kMaxOpen];
   std::uint64_t phase;  // of __syncwarp
   Token tokens[2];
+  void* bulk_thread;  // ThreadSanitizer's: who writes what the warp's bulk copies bring
+  Token bulk_token;
   alignas(16) unsigned char in[kLanes][kSlotBytes];
   alignas(16) unsigned char out[kLanes][kSlotBytes];
 };
@@ -106,7 +108,6 @@ struct BulkCopy {
   unsigned bytes;
   PhaseBarrier* barrier;
   Location here;
-  void* caller;
 };
 
 struct SharedObject {
@@ -126,8 +127,6 @@ struct Block {
   unsigned num_barriers;
   BulkCopy bulk[kMaxBulk];  // under way
   unsigned num_bulk;
-  void* bulk_thread;  // ThreadSanitizer's: who writes what bulk copies bring
-  Token bulk_token;
   SharedObject dynamic;
   SharedObject shared[kMaxShared];
   unsigned num_shared;

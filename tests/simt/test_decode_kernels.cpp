@@ -169,6 +169,43 @@ TEST_CASE("a page that is not there makes its own sequence NaN, and no other") {
   }
 }
 
+// One head of one sequence, and so many query rows that each warp of a block reads all of the block's tiles: more than
+// the 32 whose pages it looks up at once.
+struct ManyTiles {
+  const Configured configured;
+  CacheShape shape;
+
+  ManyTiles() {
+    simt::config().multiprocessors = 1;
+    shape.num_kv_heads = 1;
+    shape.max_pages = 120;
+  }
+};
+
+TEST_CASE("more tiles for a warp than it looks up at once") {
+  ManyTiles many;
+  Cache cache(many.shape);
+  cache.append(Tokens(many.shape, 7500, 6));
+  Queries queries(cache, 1, 25, 7);
+  test::decode_attention(queries.args);
+  CHECK(largest_difference(cache, queries) < tolerance(many.shape.dtype));
+}
+
+TEST_CASE("a page that is not there is noticed wherever it stands in the table") {
+  ManyTiles many;
+  Cache cache(many.shape);
+  cache.append(Tokens(many.shape, 7500, 6));
+  for (const int tile : {0, 20, 33, 50, 70, 90, 110, 115}) {
+    const std::int32_t page = cache.page_table[tile];
+    cache.page_table[tile] = -1;
+    Queries queries(cache, 1, 25, 7);
+    test::decode_attention(queries.args);
+    cache.page_table[tile] = page;
+    CAPTURE(tile);
+    CHECK(std::all_of(queries.lse.begin(), queries.lse.end(), [](float x) { return std::isnan(x); }));
+  }
+}
+
 TEST_CASE("no queries, no sequences") {
   CacheShape shape;
   Cache cache(shape);

@@ -65,7 +65,7 @@ __global__ void atomics(Counters* c) {
   atomicInc(&c->wrapped, 9u);
   atomicAdd(&c->real, 0.5f);
   for (int seen = 0, found = -1; seen != found;) {
-    seen = c->product;
+    seen = atomicAdd(&c->product, 0);
     found = atomicCAS(&c->product, seen, seen * 3 % 101);
   }
 }
