@@ -48,13 +48,17 @@ def run(*command: str | Path, timeout: float = 900) -> str:
     return output
 
 
-def configured_and_built() -> Path:
-    """Configures and builds build/cpp, where `make ctest` builds too; quick when up to date."""
+def configured_and_built(*targets: str) -> Path:
+    """Configures build/cpp and builds all of it, or these targets; quick when up to date.
+
+    `make ctest` builds there too.
+    """
     BUILD.mkdir(parents=True, exist_ok=True)
     options = [f"-D{k}={v}" for k, v in OPTIONS.items()]
     options.append(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}")
     with (BUILD / "pytest.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # workers of pytest-xdist take turns
         run(tool("cmake"), "-S", ROOT, "-B", BUILD, "-G", "Ninja", *options)
-        run(tool("cmake"), "--build", BUILD, timeout=3600)
+        only = ["--target", *targets] if targets else []
+        run(tool("cmake"), "--build", BUILD, *only, timeout=3600)
     return BUILD

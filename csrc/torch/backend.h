@@ -28,6 +28,7 @@ struct Backend {
   void (*append)(const AppendArgs& args, const Place& place);
   // Throws std::invalid_argument where there is no kernel for the format and dtype.
   void (*check_decode_format)(const RecordFormat& format, DType q_dtype, DType cache_dtype);
+  // Throws what check_decode_format throws, too.
   std::size_t (*decode_workspace_bytes)(const DecodeArgs& args, const Place& place);
   // `workspace`: decode_workspace_bytes bytes, null where that is 0.
   void (*decode_attention)(const DecodeArgs& args, void* workspace, const Place& place);

@@ -100,7 +100,6 @@ DecodeArgs decode_shapes(const Tensor& q, const OptionalTensor& cu_seqlens_q, co
   a.queries = make_ragged(cu_seqlens_q, "cu_seqlens_q", num_tokens, a.cache.batch, place);
   a.num_q_heads = static_cast<int>(num_q_heads);
   a.sliding_window = static_cast<int>(std::min<std::int64_t>(sliding_window, 1 << 30));
-  place.backend->check_decode_format(a.cache.format, a.q_dtype, a.cache.dtype);
   return a;
 }
 
@@ -164,12 +163,13 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const OptionalTenso
     a.logit_shift = logit_shift->const_data_ptr<float>();
   }
   if (place.on_cpu) check_pages_to_read(a);
+  const std::size_t needed = place.backend->decode_workspace_bytes(a, place);
   Tensor out = torch::stable::new_empty(q, {num_tokens, num_q_heads, a.cache.head_dim});
   Tensor lse = torch::stable::new_empty(q, {num_tokens, num_q_heads}, ScalarType::Float);
   a.out = out.mutable_data_ptr();
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
   OptionalTensor own;
-  void* data = workspace_data(workspace, place.backend->decode_workspace_bytes(a, place), q, place, own);
+  void* data = workspace_data(workspace, needed, q, place, own);
   place.backend->decode_attention(a, data, place);
   return {out, lse};
 }
