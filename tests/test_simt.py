@@ -244,6 +244,11 @@ def test_decode_for_gpus_without_bulk_copies(programs: Path, kind: str, schedule
     assert_passes(run(program, "--test-suite=decode_kernels", schedule=schedule))
 
 
+def test_decode_with_ordinary_halves_for_operands(programs: Path) -> None:
+    program = programs / "simt_tests_plain_normal"
+    assert_passes(run(program, "--test-suite=attention,decode_kernels"))
+
+
 # ---- faults in the kernels ----
 
 
