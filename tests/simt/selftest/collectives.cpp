@@ -6,18 +6,17 @@ namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 
-__global__ void shuffles(int* out, int width) {
+__global__ void shuffles(int4* out, int width) {
   const int value = global_index(), lane = static_cast<int>(threadIdx.x % 32);
-  int digest = __shfl_sync(kAll, value, lane * 5 + 3, width);
-  digest = digest * 1000 + __shfl_up_sync(kAll, value, 3, width);
-  digest = digest * 1000 + __shfl_down_sync(kAll, value, 5, width);
-  out[value] = digest * 100 + __shfl_xor_sync(kAll, value, 6, width);
+  const int one = __shfl_sync(kAll, value, lane * 5 + 3, width), up = __shfl_up_sync(kAll, value, 3, width);
+  const int down = __shfl_down_sync(kAll, value, 5, width), mixed = __shfl_xor_sync(kAll, value, 6, width);
+  out[value] = make_int4(one, up, down, mixed);
 }
 
-// The lane that the PTX ISA's pseudo-code of shfl names, for segments of `width` lanes.
-int shuffled(int index, int from, bool in_segment, int width) {
+// What a thread reads from lane `from`: its own value where that lies outside of its segment of `width` lanes.
+int shuffled(int index, int from, int width) {
   const int lane = index % 32, first = lane / width * width;
-  return in_segment && from >= first && from < first + width ? index - lane + from : index;
+  return from >= first && from < first + width ? index - lane + from : index;
 }
 
 __global__ void votes(unsigned* out) {
@@ -76,14 +75,13 @@ TEST_SUITE_BEGIN("collectives");
 
 TEST_CASE("shuffles read the lanes that the PTX ISA says") {
   for (const int width : {32, 16, 8, 4, 1}) {
-    const std::vector<int> out = results(shuffles, 2, 64, width);
+    const std::vector<int4> out = results(shuffles, 2, 64, width);
     for (int i = 0; i < 128; ++i) {
-      const int lane = i % 32, base = lane / width * width;
-      int digest = i - lane + base + (lane * 5 + 3) % width;
-      digest = digest * 1000 + shuffled(i, lane - 3, true, width);
-      digest = digest * 1000 + shuffled(i, lane + 5, true, width);
-      digest = digest * 100 + shuffled(i, lane ^ 6, true, width);
-      REQUIRE(out[i] == digest);
+      const int lane = i % 32, first = lane / width * width;
+      REQUIRE(out[i].x == shuffled(i, first + (lane * 5 + 3) % width, width));
+      REQUIRE(out[i].y == shuffled(i, lane - 3, width));
+      REQUIRE(out[i].z == shuffled(i, lane + 5, width));
+      REQUIRE(out[i].w == shuffled(i, lane ^ 6, width));
     }
   }
 }
