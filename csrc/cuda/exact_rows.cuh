@@ -139,7 +139,7 @@ SKVQ_DEVICE void attend_rows(const DecodeArgs& a, const Item& item, ColumnSpan s
     step = next;
   }
   ptx::wait_copies<0>();
-  __syncwarp();
+  __syncwarp();  // what follows synchronizes too
 }
 
 }  // namespace skvq::cuda

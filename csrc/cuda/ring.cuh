@@ -75,7 +75,7 @@ struct BulkRing : RingStages<Stages> {
       for (int i = 0; i < Stages; ++i) ptx::barrier_init(arrived + i, 1);
       ptx::barrier_init_fence();
     }
-    __syncwarp();
+    __syncwarp();  // what follows synchronizes too
   }
 
   template <int Ahead, int MaxBytes>
