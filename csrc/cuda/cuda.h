@@ -1,5 +1,6 @@
 // The CUDA backend: one function per operation, on device pointers and a stream. Arguments are checked by the caller
-// (csrc/torch/checks.h); what is not built, and every failure of the runtime, is an exception. No header of the toolkit.
+// (csrc/torch/checks.h); what is not built, and every failure of the runtime, is an exception. No header of the
+// toolkit.
 #pragma once
 
 #include <cstddef>

@@ -152,7 +152,7 @@ struct MergeArgs {
 
 // Whole pages from and to places of one pool; no target is a source or occurs twice.
 struct CopyPagesArgs {
-  std::uint8_t* pages;  // [*, page_bytes]
+  std::uint8_t* pages;                          // [*, page_bytes]
   const std::int32_t *source_ids, *target_ids;  // [count]
   std::int64_t count, page_bytes;
 };
