@@ -102,9 +102,9 @@ BROKEN = {
 # Faults planted in the kernels that are in use (tests/simt/plants.h), and the words by which the cases find them.
 PLANTED = {
     "no_wait": r"CHECK\( largest_difference.* is NOT correct",
-    "wrong_parity": r"CHECK\( largest_difference.* is NOT correct",
+    "wrong_parity": r"nobody has waited for the cp\.async\.bulk at ring\.cuh",
     "fragment_order": r"CHECK\( largest_difference.* is NOT correct",
-    "read_past_end": r"cp\.async\.bulk at plants\.h:\d+: the source is out of bounds",
+    "read_past_end": r"cp\.async\.bulk at ring\.cuh:\d+: the source is out of bounds",
     "write_past_end": OVERFLOW,
 }
 
