@@ -22,7 +22,7 @@ LOG := build/install.log
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export SKVQ_CACHE ?= $(CURDIR)/.cache
 
-# Kernels for the GPUs of this machine are built in a minute, for all in ten.
+# Kernels for the GPUs of this machine alone are built several times sooner than for all.
 ifndef TORCH_CUDA_ARCH_LIST
 GPU_ARCHS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]+$$' | sort -u | paste -sd';')
 ifneq ($(GPU_ARCHS),)
