@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cstdio>
 #include <functional>
 #include <map>
 #include <stdexcept>
@@ -98,5 +99,20 @@ class Arguments {
   std::map<std::string_view, Setter> setters_;
   std::map<std::string_view, bool*> flags_;
 };
+
+// The main function of a program: --help prints `usage`; an exception is its message and exit status 1.
+template <class F>
+int run_program(const char* name, const char* usage, int argc, char** argv, F&& body) {
+  if (argc == 2 && std::string_view(argv[1]) == "--help") {
+    std::fputs(usage, stdout);
+    return 0;
+  }
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s: %s\n", name, error.what());
+    return 1;
+  }
+}
 
 }  // namespace skvq::bench

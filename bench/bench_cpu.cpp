@@ -166,14 +166,8 @@ void run_all(const Options& o) {
 
 int main(int argc, char** argv) {
   using namespace skvq::bench;
-  if (argc == 2 && std::string_view(argv[1]) == "--help") {
-    std::fputs(kUsage, stdout);
-    return 0;
-  }
-  try {
+  return run_program("bench_cpu", kUsage, argc, argv, [&] {
     run_all(parse_options(argc, argv));
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "bench_cpu: %s\n", error.what());
-    return 1;
-  }
+    return 0;
+  });
 }

@@ -107,7 +107,6 @@ void write(const Run& run) {
                          .add("bandwidth", to_json(run.bandwidth))
                          .add("built", cuda::decode_instances())
                          .add("meta", o.meta)
-                         .add("exact", o.exact)
                          .add("window", o.window)
                          .add("sinks", o.sinks)
                          .add("rollback", o.rollback)
@@ -163,16 +162,10 @@ void run_all(const GpuOptions& options, const std::string& command) {
 
 int main(int argc, char** argv) {
   using namespace skvq::bench;
-  if (argc == 2 && std::string_view(argv[1]) == "--help") {
-    std::fputs(kGpuUsage, stdout);
-    return 0;
-  }
-  try {
+  return run_program("bench_cuda", kGpuUsage, argc, argv, [&] {
     std::string command;
     for (int i = 0; i < argc; ++i) command += (i > 0 ? " " : "") + std::string(argv[i]);
     run_all(parse_gpu_options(argc, argv), command);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "bench_cuda: %s\n", error.what());
-    return 1;
-  }
+    return 0;
+  });
 }

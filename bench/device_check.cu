@@ -59,11 +59,7 @@ int run_all(const DeviceOptions& o) {
 
 int main(int argc, char** argv) {
   using namespace skvq::bench;
-  if (argc == 2 && std::string_view(argv[1]) == "--help") {
-    std::fputs(kUsage, stdout);
-    return 0;
-  }
-  try {
+  return run_program("device_check", kUsage, argc, argv, [&] {
     DeviceOptions o;
     Arguments()
         .texts("--only", o.only)
@@ -77,8 +73,5 @@ int main(int argc, char** argv) {
     }
     o.checks.poison = !o.no_poison;
     return run_all(o);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "device_check: %s\n", error.what());
-    return 1;
-  }
+  });
 }

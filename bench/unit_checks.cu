@@ -58,11 +58,7 @@ int run_all(const UnitOptions& o) {
 
 int main(int argc, char** argv) {
   using namespace skvq::bench;
-  if (argc == 2 && std::string_view(argv[1]) == "--help") {
-    std::fputs(kUsage, stdout);
-    return 0;
-  }
-  try {
+  return run_program("unit_checks", kUsage, argc, argv, [&] {
     UnitOptions o;
     Arguments()
         .flag("--no-bandwidth", o.no_bandwidth)
@@ -71,8 +67,5 @@ int main(int argc, char** argv) {
         .parse(argc, argv);
     require(o.repetitions > 0, "--reps must be 1 or more");
     return run_all(o);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "unit_checks: %s\n", error.what());
-    return 1;
-  }
+  });
 }

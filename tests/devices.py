@@ -58,7 +58,7 @@ def _why(error: str) -> str:
     kinds = {
         "no CUDA decode kernel was built for": "no CUDA decode kernel was built for this format",
         "the CUDA decode kernel takes float16 or bfloat16": "attention on CUDA takes no float32",
-        "CUDA kernels read": "attention on CUDA reads one arrangement only",
+        "the CUDA kernels keep pages in": "attention on CUDA reads one arrangement only",
     }
     return next((kind for text, kind in kinds.items() if text in error), error)
 

@@ -141,7 +141,11 @@ def test_formats_and_dtypes_without_a_kernel(cores: Device):
     for fmt, rows, message in (
         (FORMAT, torch.float32, "takes float16 or bfloat16, the same for both"),
         (RecordFormat("8", "8", 32, "fp8", 80), dtype, "no CUDA decode kernel was built for k8-v8"),
-        (RecordFormat("2", "2", 128, "fp8", 64, "rows"), dtype, 'arrangement "rows"; CUDA kernels'),
+        (
+            RecordFormat("2", "2", 128, "fp8", 64, "rows"),
+            dtype,
+            "keep pages in the arrangement mma, and these are in rows",
+        ),
     ):
         fmt = cores.arrange(fmt)
         with pytest.raises(ValueError, match=message):

@@ -54,7 +54,7 @@ inline int cache_count(const Case& c, std::size_t wanted) {
 // Queries, outputs and workspace of decode_attention.
 class DecodeCall {
  public:
-  DecodeCall(const Case& c, const CacheView& view, bool exact, cudaStream_t stream) {
+  DecodeCall(const Case& c, const CacheView& view, cudaStream_t stream) {
     const std::int64_t tokens = static_cast<std::int64_t>(c.batch) * c.q_len, heads = c.heads * c.ratio;
     const std::int64_t count = tokens * heads * c.head_dim;
     q_ = DeviceBytes(count * dtype_bytes(c.dtype));
@@ -68,7 +68,7 @@ class DecodeCall {
     args_.num_q_heads = static_cast<int>(heads);
     args_.softmax_scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
     args_.queries_in_cache = true;
-    args_.exact = exact;
+    args_.exact = true;
     args_.out = out_.bytes();
     args_.lse = lse_.as<float>();
     workspace_ = DeviceBytes(cuda::decode_workspace_bytes(args_));
@@ -100,7 +100,7 @@ inline void measure_case(const GpuOptions& o, const PassTimer& timer, cudaStream
   std::unique_ptr<DecodeCall> decode;
   if (c.op == "decode") {
     cuda::check_decode_format(c.format, c.dtype, c.dtype);
-    decode = std::make_unique<DecodeCall>(c, caches.view(0), o.exact, stream);
+    decode = std::make_unique<DecodeCall>(c, caches.view(0), stream);
     r.workspace = decode->workspace_bytes();
   }
   if (c.op != "quantize") caches.fill(start_length(c));

@@ -14,7 +14,7 @@ struct GpuOptions {
   std::vector<int> heads = {8}, ratios = {4}, head_dims = {128}, contexts = {4096, 32768}, groups = {128},
                    batches = {1}, q_lens = {1};
   std::string meta = "fp8", json;
-  bool exact = true, graph = false, split = false;
+  bool graph = false, split = false;
   int window = 128, sinks = 5, rollback = 64, warmup = 3, repetitions = 20, calls = 16, working_set_mb = 0;
 };
 
@@ -40,7 +40,6 @@ axes (comma-separated, every combination is measured)
 
 settings
   --meta fp8|fp16            type of scales and zeros                [fp8]
-  --math exact|integer       how packed tiles are read               [exact]
   --window N, --sinks N, --rollback N                                [128, 5, 64]
   --warmup N, --reps N       passes before and in the measurement    [3, 20]
   --calls N                  calls in a pass, at least               [16]
@@ -66,7 +65,6 @@ inline GpuOptions parse_gpu_options(int argc, char** argv) {
       .numbers("--context", o.contexts)
       .numbers("--q-len", o.q_lens)
       .text("--meta", o.meta)
-      .either("--math", "exact", "integer", o.exact)
       .number("--window", o.window)
       .number("--sinks", o.sinks)
       .number("--rollback", o.rollback)

@@ -2,6 +2,7 @@
 // does not depend on which tokens it came with.
 #pragma once
 
+#include "core/head_tables.h"
 #include "core/minifloat.h"
 #include "cpu/vector.h"
 #include "skvq/cache.h"
@@ -25,18 +26,6 @@ inline void multiply(const float* u, const float* matrix, int dim, float* out) {
   for (; column + 8 * kVector <= dim; column += 8 * kVector) multiply_columns<8>(u, matrix, dim, column, out);
   for (; column + 4 * kVector <= dim; column += 4 * kVector) multiply_columns<4>(u, matrix, dim, column, out);
   for (; column < dim; column += kVector) multiply_columns<1>(u, matrix, dim, column, out);
-}
-
-// The tables of the KV head that a head belongs to.
-struct HeadTables {
-  const std::int32_t* permutation;
-  const float *shift, *scale, *matrix;
-};
-
-inline HeadTables tables_of(const MapHeadsArgs& a, int head) {
-  const std::int64_t kv_head = head / a.ratio, at = kv_head * a.head_dim;
-  return {a.permutation ? a.permutation + at : nullptr, a.shift ? a.shift + at : nullptr,
-          a.scale ? a.scale + at : nullptr, a.matrix ? a.matrix + (a.matrix_per_head ? at * a.head_dim : 0) : nullptr};
 }
 
 inline void enter_row(const HeadTables& t, int dim, const float* x, float* u, float* y) {
@@ -68,7 +57,7 @@ inline void leave_row(const HeadTables& t, int dim, float share, const float* o,
 inline void map_heads(const MapHeadsArgs& a, std::int64_t token) {
   float x[kMaxHeadDim], u[kMaxHeadDim], y[kMaxHeadDim];
   for (int head = 0; head < a.num_heads; ++head) {
-    const HeadTables tables = tables_of(a, head);
+    const HeadTables tables = tables_of(a, head / a.ratio);
     const std::int64_t from = token * a.x.token_stride + head * a.x.head_stride;
     const std::int64_t to = (token * a.num_heads + head) * a.head_dim;
     for (int c = 0; c < a.head_dim; ++c) x[c] = load_float(a.dtype, a.x.data, from + c);

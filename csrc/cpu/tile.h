@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "core/minifloat.h"
+#include "core/read_code.h"
 #include "cpu/vector.h"
 #include "skvq/record.h"
 
@@ -42,23 +43,6 @@ void pack_band(Side side, const Band& band, const std::uint8_t* codes, std::uint
       }
     }
   }
-}
-
-template <class Arrangement>
-int read_code(Side side, const Band& band, const std::uint8_t* in, int token, int channel) {
-  if (is_base3(band.code)) {
-    const Slot slot = Arrangement::trit(band.channels, token, channel);
-    return Arrangement::from_byte(in[slot.byte]) / power_of_three(slot.shift) % 3;
-  }
-  int code = 0, low = 0;
-  for (const int width : traits(band.code).plane_bits) {
-    if (width == 0) continue;
-    const Slot slot = Arrangement::bits(side, width, band.channels, token, channel);
-    code |= (in[slot.byte] >> slot.shift & ((1 << width) - 1)) << low;
-    in += band.channels * kTileTokens * width / 8;
-    low += width;
-  }
-  return code;
 }
 
 // Subtracted from codes when they become floats, and given back to the zero: codes then sum to about nothing over a

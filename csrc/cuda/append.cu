@@ -5,6 +5,7 @@
 // block that looks at the sequence. Rows must not reach the ring before the tiles are packed: one may take the place of
 // a row that a tile needs.
 #include "cuda/checks.h"
+#include "cuda/lanes.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/pack_tile.cuh"
 
@@ -113,11 +114,7 @@ SKVQ_DEVICE TileSlot find_slot(const AppendArgs& a, int slot) {
     Growth g{};
     if (base + lane < a.cache.batch) g = growth_of(a, base + lane);
     const int tiles = max_int(0, g.end_tile - g.first_tile);
-    int end = tiles;  // of this lane's numbers
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const int before = __shfl_up_sync(kAllLanes, end, distance);
-      if (lane >= distance) end += before;
-    }
+    const int end = inclusive_scan(tiles);  // of this lane's numbers
     const unsigned owner = __ballot_sync(kAllLanes, slot < end && slot >= end - tiles);
     if (owner != 0) {
       const int from = __ffs(static_cast<int>(owner)) - 1;

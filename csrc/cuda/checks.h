@@ -1,4 +1,4 @@
-// What the kernels outside of decode need from their arguments, checked where a caller can still read the reason.
+// What the kernels need from their arguments, checked where a caller can still read the reason.
 #pragma once
 
 #include <cstdint>

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "core/format_text.h"
+#include "cuda/checks.h"
 #include "cuda/combine.cuh"
 #include "cuda/instance.cuh"
 #include "cuda/instances/list.h"
@@ -64,6 +65,17 @@ const DecodeInstance& find_instance(const RecordFormat& format) {
                                      "Use one of these, or add a line to csrc/cuda/instances and rebuild."));
 }
 
+const DecodeInstance& instance_for(const RecordFormat& format, DType q_dtype, DType cache_dtype) {
+  if (q_dtype != cache_dtype || q_dtype == DType::kF32) {
+    constexpr const char* names[] = {"float32", "float16", "bfloat16"};
+    throw std::invalid_argument(concat("q is ", names[static_cast<int>(q_dtype)], " and the cache holds ",
+                                       names[static_cast<int>(cache_dtype)],
+                                       "; the CUDA decode kernel takes float16 or bfloat16, the same for both"));
+  }
+  check_arrangement(format);
+  return find_instance(format);
+}
+
 struct Plan {
   const DecodeInstance* instance;
   DecodeParams params;
@@ -74,12 +86,11 @@ struct Plan {
 Plan make_plan(const DecodeArgs& args) {
   const CacheView& c = args.cache;
   const RecordFormat& f = c.format;
-  check_decode_format(f, args.q_dtype, c.dtype);
   if (c.num_pages * c.num_kv_heads * f.record_bytes() > (std::int64_t{1} << 36)) {
     throw std::invalid_argument(concat("pages has ", c.num_pages * c.num_kv_heads * f.record_bytes(),
                                        " bytes; the CUDA kernels address at most 64 GiB in one pool"));
   }
-  Plan plan{&find_instance(f), {}, 0, 0};
+  Plan plan{&instance_for(f, args.q_dtype, c.dtype), {}, 0, 0};
   DecodeParams& p = plan.params;
   p.args = args;
   p.group_columns = kColumns * plan.instance->warps;
@@ -115,18 +126,7 @@ std::string decode_instances() {
 }
 
 void check_decode_format(const RecordFormat& format, DType q_dtype, DType cache_dtype) {
-  if (q_dtype != cache_dtype || q_dtype == DType::kF32) {
-    constexpr const char* names[] = {"float32", "float16", "bfloat16"};
-    throw std::invalid_argument(concat("q is ", names[static_cast<int>(q_dtype)], " and the cache holds ",
-                                       names[static_cast<int>(cache_dtype)],
-                                       "; the CUDA decode kernel takes float16 or bfloat16, the same for both"));
-  }
-  if (format.arrangement != ArrangementKind::kMma) {
-    throw std::invalid_argument(
-        concat("pages are in arrangement \"", kArrangementNames[static_cast<int>(format.arrangement)],
-               "\"; CUDA kernels read \"mma\": repack the pages, or make the cache for the GPU"));
-  }
-  find_instance(format);
+  instance_for(format, q_dtype, cache_dtype);
 }
 
 std::size_t decode_workspace_bytes(const DecodeArgs& args) {

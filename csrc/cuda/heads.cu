@@ -2,6 +2,7 @@
 //
 // Every row is computed by itself and in one order of sums, without contraction, so that a token becomes the same bytes
 // in any company and on the CPU too (csrc/cpu/heads_kernel.h).
+#include "core/head_tables.h"
 #include "core/minifloat.h"
 #include "core/window.h"
 #include "cuda/launch.cuh"
@@ -13,18 +14,6 @@ namespace {
 constexpr int kRows = 8;    // of one KV head that a block maps together: they share what is read of the matrix
 constexpr int kDepth = 16;  // rows of the matrix that a thread reads ahead; head_dim is a multiple
 constexpr int kGatherThreads = 256;
-
-// The tables of one KV head.
-struct HeadTables {
-  const std::int32_t* permutation;
-  const float *shift, *scale, *matrix;
-};
-
-SKVQ_DEVICE HeadTables tables_of(const MapHeadsArgs& a, int kv_head) {
-  const std::int64_t at = static_cast<std::int64_t>(kv_head) * a.head_dim;
-  return {a.permutation ? a.permutation + at : nullptr, a.shift ? a.shift + at : nullptr,
-          a.scale ? a.scale + at : nullptr, a.matrix ? a.matrix + (a.matrix_per_head ? at * a.head_dim : 0) : nullptr};
-}
 
 // Rows of a KV head are numbered token by token, head by head.
 struct HeadRow {

@@ -1,5 +1,6 @@
 // Whole pages: copies inside a pool, and their values in fp32.
 #include "core/minifloat.h"
+#include "core/read_code.h"
 #include "cuda/checks.h"
 #include "cuda/launch.cuh"
 
@@ -29,25 +30,6 @@ __global__ void __launch_bounds__(kThreads) copy_page_parts(const __grid_constan
   }
 }
 
-SKVQ_DEVICE int read_code(Side side, const Band& band, const std::uint8_t* codes, int token, int channel) {
-  if (is_base3(band.code)) {
-    const Slot slot = Mma::trit(band.channels, token, channel);
-    return Mma::from_byte(codes[slot.byte]) / power_of_three(slot.shift) % 3;
-  }
-  const CodeTraits code = traits(band.code);
-  int value = 0, low = 0;
-#pragma unroll
-  for (int plane = 0; plane < 2; ++plane) {
-    const int width = code.plane_bits[plane];
-    if (width == 0) continue;
-    const Slot slot = Mma::bits(side, width, band.channels, token, channel);
-    value |= (codes[slot.byte] >> slot.shift & ((1 << width) - 1)) << low;
-    codes += band.channels * kTileTokens * width / 8;
-    low += width;
-  }
-  return value;
-}
-
 // Blocks (pages, sides of heads): one side of one record, a thread for a token and channel at a time.
 __global__ void __launch_bounds__(kThreads) unpack_records(const __grid_constant__ UnpackPagesArgs a) {
   const int head = static_cast<int>(blockIdx.y) / 2;
@@ -73,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) unpack_records(const __grid_constant
         return decode_meta(a.format.meta, load_meta(a.format.meta, meta, Mma::meta(groups, token, g, which)));
       };
       const float scale = decoded(0) * power_of_two(exponents[0]), zero = decoded(1) * power_of_two(exponents[1]);
-      const int code = read_code(side, band, codes, token, channel - band.begin);
+      const int code = read_code<Mma>(side, band, codes, token, channel - band.begin);
       out[token * tensor.head_dim + channel] = static_cast<float>(code) * scale + zero;
     }
   }

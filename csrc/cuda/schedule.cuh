@@ -8,6 +8,7 @@
 
 #include "core/window.h"
 #include "cuda/decode_params.cuh"
+#include "cuda/lanes.cuh"
 
 namespace skvq::cuda {
 
@@ -51,24 +52,15 @@ SKVQ_DEVICE SequenceWork work_of(const DecodeArgs& a, int sequence) {
   return w;
 }
 
-// Cost of all items of a sequence; what a group of columns costs grows with the warps that it takes from the tiles.
-SKVQ_DEVICE int cost_of(const DecodeParams& p, const SequenceWork& w) {
+// Warps that all groups of columns of one head take; what a group costs grows with the warps that it takes from the
+// tiles. All groups but the last are whole.
+SKVQ_DEVICE int warps_of_head(const DecodeParams& p, const SequenceWork& w) {
   const int whole = w.columns / p.group_columns, rest = w.columns % p.group_columns;
-  const int warps = whole * column_warps(p.group_columns) + (rest > 0 ? column_warps(rest) : 0);
-  return p.args.cache.num_kv_heads * warps * w.line();
+  return whole * column_warps(p.group_columns) + (rest > 0 ? column_warps(rest) : 0);
 }
-
-SKVQ_DEVICE int sum_lanes(int x) {
-  for (int distance = 1; distance < kWarp; distance *= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
-  return x;
-}
-SKVQ_DEVICE int inclusive_scan(int x) {
-  const int lane = lane_index();
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const int lower = __shfl_up_sync(kAllLanes, x, distance);
-    x += lane >= distance ? lower : 0;
-  }
-  return x;
+// Of all items of a sequence.
+SKVQ_DEVICE int cost_of(const DecodeParams& p, const SequenceWork& w) {
+  return p.args.cache.num_kv_heads * warps_of_head(p, w) * w.line();
 }
 
 // By all lanes of a warp together.
@@ -89,15 +81,13 @@ struct Item {
   SequenceWork work;
 };
 
-// Item `local` of a sequence whose items begin at `index` and whose line begins at `begin`.
-SKVQ_DEVICE Item item_of(const DecodeParams& p, int sequence, int head, int group, int index, int begin) {
-  const SequenceWork w = work_of(p.args, sequence);
-  const int groups = w.groups(p.group_columns), line = w.line(), last = groups - 1;
-  const int whole = column_warps(p.group_columns), rest = column_warps(w.columns - last * p.group_columns);
-  Item item{sequence, head, group, index + head * groups + group, 0, 0, group == last ? rest : whole, w};
-  item.begin = begin + line * (head * (last * whole + rest) + group * whole);
-  item.end = item.begin + line * item.warps;
-  return item;
+// The item of a head and group of a sequence whose items begin with number `index` and at `begin` on the line of all.
+SKVQ_DEVICE Item item_of(const DecodeParams& p, const SequenceWork& w, int sequence, int head, int group, int index,
+                         int begin) {
+  const int whole = column_warps(p.group_columns), line = w.line(), groups = w.groups(p.group_columns);
+  const int first = begin + line * (head * warps_of_head(p, w) + group * whole);
+  const int warps = column_warps(min_int(p.group_columns, w.columns - group * p.group_columns));
+  return {sequence, head, group, index + head * groups + group, first, first + line * warps, warps, w};
 }
 
 // The item that covers `at` on the line of all; by all lanes of a warp together. `at` must be below the total.
@@ -108,21 +98,17 @@ SKVQ_DEVICE Item find_item(const DecodeParams& p, int at) {
     const int b = first + lane_index();
     SequenceWork w{};
     if (b < c.batch) w = work_of(p.args, b);
-    const int cost = inclusive_scan(cost_of(p, w)), items = inclusive_scan(w.groups(p.group_columns) * c.num_kv_heads);
+    const int own_cost = cost_of(p, w), own_items = w.groups(p.group_columns) * c.num_kv_heads;
+    const int cost = inclusive_scan(own_cost), items = inclusive_scan(own_items);
     const unsigned beyond = __ballot_sync(kAllLanes, begin + cost > at);
     if (beyond != 0) {
-      const int lane = __ffs(static_cast<int>(beyond)) - 1;
-      const int before = __shfl_sync(kAllLanes, cost, max_int(0, lane - 1));
-      const int items_before = __shfl_sync(kAllLanes, items, max_int(0, lane - 1));
-      begin += lane > 0 ? before : 0;
-      index += lane > 0 ? items_before : 0;
-      const int sequence = first + lane;
+      const int lane = __ffs(static_cast<int>(beyond)) - 1, sequence = first + lane;
+      begin += __shfl_sync(kAllLanes, cost - own_cost, lane);
+      index += __shfl_sync(kAllLanes, items - own_items, lane);
       const SequenceWork found = work_of(p.args, sequence);
-      const int groups = found.groups(p.group_columns), line = found.line();
-      const int whole = column_warps(p.group_columns);
-      const int rest = column_warps(found.columns - (groups - 1) * p.group_columns);
-      const int local = (at - begin) / line, per_head = (groups - 1) * whole + rest;
-      return item_of(p, sequence, local / per_head, min_int(local % per_head / whole, groups - 1), index, begin);
+      const int local = (at - begin) / found.line(), per_head = warps_of_head(p, found);
+      const int group = min_int(local % per_head / column_warps(p.group_columns), found.groups(p.group_columns) - 1);
+      return item_of(p, found, sequence, local / per_head, group, index, begin);
     }
     begin += __shfl_sync(kAllLanes, cost, kWarp - 1);
     index += __shfl_sync(kAllLanes, items, kWarp - 1);
@@ -139,7 +125,8 @@ SKVQ_DEVICE Item item_of_row(const DecodeParams& p, int sequence, int head, int 
     begin += cost_of(p, w);
     index += w.groups(p.group_columns) * c.num_kv_heads;
   }
-  return item_of(p, sequence, head, row / p.group_columns, sum_lanes(index), sum_lanes(begin));
+  return item_of(p, work_of(p.args, sequence), sequence, head, row / p.group_columns, sum_lanes(index),
+                 sum_lanes(begin));
 }
 
 }  // namespace skvq::cuda

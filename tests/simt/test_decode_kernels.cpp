@@ -236,7 +236,7 @@ TEST_CASE("what no kernel was built for is refused, with what was") {
   check_refused(shape, "the CUDA decode kernel takes float16 or bfloat16");
   shape.dtype = DType::kBf16;
   shape.arrangement = "lanes";
-  check_refused(shape, "pages are in arrangement \"lanes\"");
+  check_refused(shape, "keep pages in the arrangement mma, and these are in lanes");
   shape.arrangement = "mma";
   shape.head_dim = 112;
   check_refused(shape, "no CUDA decode kernel was built for k2-v1.5-g128 at head_dim 112");
