@@ -21,6 +21,7 @@ from skvq_ext import cli, report
 from skvq_ext.cache import DEFAULT_SCHEME
 from skvq_ext.generation import full_cache, packed_cache
 from skvq_ext.models import ModelError, load_model
+from skvq_ext.ops import format_table
 from skvq_ext.perplexity import packed_chunk, score, score_full, score_packed
 from skvq_ext.report import cuda_formats
 from skvq_ext.scheme import Scheme
@@ -74,11 +75,20 @@ def test_info() -> None:
     known = json.loads(run("info", "--json"))
     assert known["build"]["version"]
     assert {code["name"] for code in known["formats"]["codes"]} >= {"2", "1.5"}
-    shown = run("info")
+    shown = " ".join(run("info").split())  # a long list is broken where the terminal ends
     assert known["build"]["cpu_isa"] in shown and "1.625" in shown
     cuda = known["build"]["cuda"]
     assert ("not in this build" if cuda is None else cuda["archs"]) in shown
     assert ("Formats that attention reads on CUDA" in shown) == (cuda is not None)
+
+
+def test_info_of_a_build_for_every_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    built = json.loads(run("info", "--json"))["build"]
+    archs = ", ".join(f"{arch}-real" for arch in (80, 86, 89, 90, 100, 120)) + ", 120-virtual"
+    instances = ["k2-v2-g64 at head_dim 128"]
+    report.show_info(built | {"cuda": {"archs": archs, "instances": instances}}, format_table())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert archs in shown and "k2-v2 128: 64" in shown
 
 
 def test_decode_kernels_are_shown_by_format() -> None:
