@@ -131,6 +131,12 @@ def flashinfer(p: Problem, copies: int, device: str) -> list[Call]:
     return [partial(wrapper.run, q, cache) for cache in caches]
 
 
+def own_buffers(cache: Any) -> Any:
+    """A cache that shares page table, clip ratios and exponents, and nothing that grows with the context."""
+    names = ("pages", "sink_k", "sink_v", "ring_k", "ring_v")
+    return cache._replace(**{name: getattr(cache, name).clone() for name in names})
+
+
 class Packed:
     """skvq_ext with one scheme, through its operators."""
 
@@ -168,22 +174,13 @@ class Packed:
         from skvq_ext import ops
 
         fmt = self.format(p, arrangement)
-        cache = self._empty(p, fmt, device)
+        cache = self.empty(p, fmt, device)
         chunk = max(1, CHUNK // p.batch)
         for done in range(0, p.context, chunk):
             rows = p.batch * min(chunk, p.context - done)
             k, v = (random(p, device, rows, p.num_kv_heads, p.head_dim) for _ in range(2))
             ops.append(k, v, None, cache, fmt.args, window=WINDOW)
-        # Page table, clip ratios and exponents are shared; what grows with the context is not.
-        caches = [cache] + [
-            cache._replace(
-                **{
-                    n: getattr(cache, n).clone()
-                    for n in ("pages", "sink_k", "sink_v", "ring_k", "ring_v")
-                }
-            )
-            for _ in range(copies - 1)
-        ]
+        caches = [cache] + [own_buffers(cache) for _ in range(copies - 1)]
         q = random(p, device, p.batch, p.num_q_heads, p.head_dim)
 
         def call(one: ops.CacheTensors) -> Tensor:
@@ -193,7 +190,8 @@ class Packed:
 
         return [partial(call, one) for one in caches]
 
-    def _empty(self, p: Problem, fmt: Any, device: str) -> Any:
+    def empty(self, p: Problem, fmt: Any, device: str) -> Any:
+        """A cache for `append`, its pages in random order."""
         from skvq_ext import ops
 
         tiles, heads = self.tiles(p), p.num_kv_heads

@@ -5,7 +5,7 @@ namespace skvq::cpu {
 inline namespace SKVQ_ISA {
 
 AttendKernels attend_kernels() {
-  return {attend_item, sizeof(TileValues)};
+  return {attend_item, sizeof(PackedTile)};
 }
 
 }  // namespace SKVQ_ISA

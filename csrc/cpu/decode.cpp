@@ -1,22 +1,12 @@
-#include <memory>
-#include <new>
-#include <utility>
 #include <vector>
 
 #include "core/window.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 
 namespace skvq::cpu {
 namespace {
-
-struct FreeAligned {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-using AlignedFloats = std::unique_ptr<float[], FreeAligned>;
-AlignedFloats aligned_floats(std::size_t n) {
-  return AlignedFloats(new (std::align_val_t{64}) float[n]);
-}
 
 // Items that share rows follow each other; the first of them covers sinks and window.
 struct RowBlockItems {
@@ -75,7 +65,7 @@ void decode_attention(const DecodeArgs& a, const Parallel& parallel) {
 
   std::size_t rows = 0;
   for (const WorkItem& item : items) rows += item.rows;
-  const AlignedFloats partials = aligned_floats(rows * c.head_dim);
+  const Aligned<float> partials = aligned<float>(rows * c.head_dim);
   std::vector<SoftmaxState> states(rows);
   std::size_t next = 0;
   for (WorkItem& item : items) {
@@ -86,14 +76,7 @@ void decode_attention(const DecodeArgs& a, const Parallel& parallel) {
 
   const AttendKernels& attend = kernels().attend;
   for_each(parallel, static_cast<std::int64_t>(items.size()), [&](std::int64_t i) {
-    const std::size_t tile_floats = static_cast<std::size_t>(c.head_dim) * kTileTokens;
-    const std::size_t row_floats = static_cast<std::size_t>(c.head_dim) * kRowsPerItem;
-    const std::size_t tile_values = attend.tile_bytes / sizeof(float) + 1;
-    const AlignedFloats buffer = aligned_floats(2 * tile_floats + 2 * row_floats + tile_values);
-    float* next_free = buffer.get();
-    const auto take = [&](std::size_t n) { return std::exchange(next_free, next_free + n); };
-    Scratch scratch{take(tile_floats), take(tile_floats), take(row_floats),
-                    reinterpret_cast<std::int8_t*>(take(row_floats)), take(tile_values)};
+    Scratch scratch = scratch_for(c, attend.tile_bytes);
     attend.attend_item(a, items[i], scratch);
   });
   for_each(parallel, static_cast<std::int64_t>(blocks.size()),

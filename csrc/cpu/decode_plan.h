@@ -21,11 +21,11 @@ struct WorkItem {
 
 // Buffers of one item in flight.
 struct Scratch {
-  float* k;         // [64 * head_dim]
-  float* v;         // [64 * head_dim]
-  float* q;         // [kRowsPerItem * head_dim]
-  std::int8_t* q8;  // [2 * kRowsPerItem * head_dim]
-  void* tile;       // scales and zeros
+  float* q;              // [kRowsPerItem * head_dim]
+  std::int8_t* q8;       // [2 * kRowsPerItem * head_dim]
+  void* tile;            // scales and zeros
+  std::uint8_t* record;  // a record in arrangement `lanes`
+  std::uint8_t* codes;   // [2 * 16 * head_dim]: ternary codes of both sides in two bits
 };
 
 }  // namespace skvq::cpu

@@ -1,18 +1,18 @@
 // Logits and weighted values straight from packed bytes, by byte dot products.
 //
-// Queries and probabilities are rounded to multiples of a unit per row and group, in one byte or two. One byte (7 bits
-// and sign) serves queries against keys of at most 3 bits, whose own error is more than ten times larger; two bytes (14
-// bits and sign) serve all else (docs/numerics.md has the measurement). Sums of products are exact integers.
+// Queries and probabilities are rounded to multiples of a unit per row and group, in one byte or two. One byte serves
+// codes of at most 3 bits, whose own error is more than ten times larger; two bytes serve all else (docs/numerics.md
+// has the measurement). Sums of products are exact integers.
 #pragma once
 
 #include "cpu/simd.h"
-#include "cpu/tile_values.h"
+#include "cpu/softmax_step.h"
 
 namespace skvq::cpu {
 inline namespace SKVQ_ISA {
 
-inline constexpr int kByteStep = 128;              // value of the high byte's lowest bit
-inline constexpr int kTwoBytes = 127 * kByteStep;  // largest magnitude in two bytes
+inline constexpr int kByteStep = 128;              // value of the lowest bit of a query's high byte
+inline constexpr int kTwoBytes = 127 * kByteStep;  // largest magnitude of a query in two bytes
 SKVQ_FN constexpr int bytes_for(Code code) {
   return traits(code).levels <= 8 ? 1 : 2;
 }
@@ -20,12 +20,13 @@ SKVQ_FN constexpr int bytes_for(Code code) {
 // Whether the integer kernel serves records of this format; the exact kernel serves all.
 inline bool integer_kernel_reads(const RecordFormat& format) {
 #if SKVQ_HAS_SIMD
-  bool reads = format.arrangement == ArrangementKind::kLanes;
-  for (int b = 0; b < format.k.num_bands; ++b) {
-    reads = reads && !is_base3(format.k.bands[b].code) && Simd::supports(format.k.bands[b].code);
+  for (const Side side : kSides) {
+    const TensorFormat& tensor = format.side(side);
+    for (int b = 0; b < tensor.num_bands; ++b) {
+      if (!Simd::supports(tensor.bands[b].code)) return false;
+    }
   }
-  for (int b = 0; b < format.v.num_bands; ++b) reads = reads && Simd::supports(format.v.bands[b].code);
-  return reads;
+  return true;
 #else
   (void)format;
   return false;
@@ -34,29 +35,15 @@ inline bool integer_kernel_reads(const RecordFormat& format) {
 
 #if SKVQ_HAS_SIMD
 
-// n in one byte, or as 128 * high + low with |low| <= 64.
-template <int Bytes>
-SKVQ_FN void store_rounded(Ints n, std::int8_t* high, std::int8_t* low) {
-  if constexpr (Bytes == 1) {
-    Simd::store_bytes(high, n);
-  } else {
-    const Ints h = (n + kByteStep / 2) >> 7;
-    Simd::store_bytes(high, h);
-    Simd::store_bytes(low, n - h * kByteStep);
-  }
-}
-
-template <int Bytes>
-inline constexpr float kByteRange = Bytes == 1 ? 127.0f : kTwoBytes;
-
 // To the nearest integer; |x| < 2^22.
 SKVQ_FN Ints round_to_int(Floats x) {
   return reinterpret_cast<Ints>(x + 12582912.0f) - 0x4b400000;
 }
 
-// One group of a query row: values to bytes, their unit and their sum.
+// One group of a query row: values to bytes, n or 128 * high + low with |low| <= 64; their unit and their sum.
 template <int Bytes>
 void quantize_group_row(const float* q, int channels, std::int8_t* high, std::int8_t* low, float& unit, float& total) {
+  constexpr float kRange = Bytes == 1 ? 127.0f : kTwoBytes;
   Floats top = {}, nan = {}, sums = {};
   for (int c = 0; c < channels; c += kVector) {
     const Floats x = load(q + c), magnitude = x < 0.0f ? -x : x;
@@ -65,178 +52,250 @@ void quantize_group_row(const float* q, int channels, std::int8_t* high, std::in
   }
   const float max = largest(top);
   const bool finite = sum(nan) == 0.0f;
-  const float inverse = max > 0.0f && finite ? kByteRange<Bytes> / max : 0.0f;
+  const float inverse = max > 0.0f && finite ? kRange / max : 0.0f;
   for (int c = 0; c < channels; c += kVector) {
     const Ints n = inverse == 0.0f ? Ints{} : round_to_int(load(q + c) * inverse);
-    sums += __builtin_convertvector(n, Floats);
-    store_rounded<Bytes>(n, high + c, low + c);
+    const Ints h = Bytes == 1 ? n : (n + kByteStep / 2) >> 7;
+    Simd::store_bytes(high + c, h);
+    if constexpr (Bytes == 2) Simd::store_bytes(low + c, n - h * kByteStep);
+    sums += to_floats(n);
   }
-  unit = finite ? max / kByteRange<Bytes> : quiet_nan();
+  unit = finite ? max / kRange : quiet_nan();
   // The zero is multiplied with the same rounded query as the codes: what is left is the query's error times the
   // dequantized key, which has no constant part.
   total = sum(sums) * unit;
 }
 
-inline void quantize_query(const TensorFormat& format, const float* q, int row, const QuantizedRows& rows) {
-  for (int g = 0; g < format.num_groups(); ++g) {
-    const Group group = format.group_at(g);
+inline void quantize_query(const TensorFormat& format, const SideLayout& layout, const float* q, int row,
+                           const QuantizedRows& rows) {
+  for (int g = 0; g < layout.num_groups; ++g) {
+    const Group& group = layout.groups[g];
     const int at = row * format.head_dim + group.begin, unit = row * kMaxGroups + g;
-    with_code(format.bands[group.band].code, [&]<Code C>() {
-      quantize_group_row<bytes_for(C)>(q + group.begin, group.end - group.begin, rows.high + at, rows.low + at,
-                                       rows.unit[unit], rows.sum[unit]);
-    });
+    const auto quantize = bytes_for(format.bands[group.band].code) == 1 ? quantize_group_row<1> : quantize_group_row<2>;
+    quantize(q + group.begin, group.end - group.begin, rows.high + at, rows.low + at, rows.unit[unit], rows.sum[unit]);
   }
 }
 
-inline constexpr int kPerBlock = 16 / kVector;  // vectors in the 16 lanes of a block
+// Sums of R rows and T blocks side by side, as many as registers allow: independent sums keep the multipliers busy.
+SKVQ_FN constexpr int blocks_together(int rows) {
+  const int together = Simd::kRegisters / (4 * Simd::kPerVector) / rows;
+  return together >= 4 ? 4 : together >= 2 ? 2 : 1;
+}
 
-// High and low sums of a block as one number a lane.
-template <int Bytes>
-SKVQ_FN void weigh_bytes(const Simd::Sum (&sums)[Bytes], Floats (&out)[kPerBlock]) {
-  Simd::to_float(sums[0], out);
-  if constexpr (Bytes == 2) {
-    Floats low[kPerBlock];
-    Simd::to_float(sums[1], low);
-    for (int n = 0; n < kPerBlock; ++n) out[n] = out[n] * static_cast<float>(kByteStep) + low[n];
+// Blocks that a narrow sum takes before it must be widened.
+SKVQ_FN constexpr int blocks_per_run(Code code, int coefficient) {
+  const int quads = Simd::kNarrowMax / (Simd::kProducts * coefficient * (traits(code).levels - 1));
+  return quads >= 4 ? quads / 4 : 1;
+}
+
+// What is taken from the codes of V, so that they fit in seven bits and sign.
+SKVQ_FN constexpr int code_offset(Code code) {
+  return code == Code::kInt8 ? 128 : 0;
+}
+
+template <int Bytes, int R, int T>
+struct Sums {
+  Simd::Sum sum[R][T][Bytes];
+
+  SKVQ_FN Sums() {
+    for (auto& row : sum)
+      for (auto& block : row)
+        for (Simd::Sum& s : block) s = Simd::zero();
   }
-}
-
-SKVQ_FN int first_group(const TensorFormat& format, int band) {
-  return band == 0 ? 0 : format.band_groups(0);
-}
-
-template <Code C, int R>
-void add_logits(const TensorFormat& format, int band_index, const RowBlock& block, int row, const TileValues& tile,
-                const std::uint8_t* codes, float (*s)[kTileTokens]) {
-  constexpr int kBytes = bytes_for(C), kTogether = 2;  // blocks of tokens side by side: enough independent sums
-  const Band& band = format.bands[band_index];
-  const int end = first_group(format, band_index) + format.band_groups(band_index);
-  for (int tb = 0; tb < Lanes::kBlocks; tb += kTogether) {
-    for (int g = first_group(format, band_index); g < end; ++g) {
-      const Group group = format.group_at(g);
-      Simd::Sum sums[R][kTogether][kBytes];
-      for (int i = 0; i < R * kTogether * kBytes; ++i) (&sums[0][0][0])[i] = Simd::zero();
-      for (int c = group.begin; c < group.end; c += 16) {
-        for (int i = 0; i < kTogether; ++i) {
-          Simd::Codes quads[4];
-          load_block<C>(Side::kKey, band.channels, tb + i, (c - band.begin) / 16, codes, tile.ahead, quads);
-          for (int r = 0; r < R; ++r) {
-            const int at = (row + r) * format.head_dim + c;
-            sums[r][i][0] = Simd::dot(sums[r][i][0], quads, block.q8.high + at);
-            if constexpr (kBytes == 2) sums[r][i][1] = Simd::dot(sums[r][i][1], quads, block.q8.low + at);
-          }
-        }
-      }
-      for (int i = 0; i < kTogether; ++i) {
-        for (int r = 0; r < R; ++r) {
-          Floats dot[kPerBlock];
-          weigh_bytes<kBytes>(sums[r][i], dot);
-          const float unit = block.q8.unit[(row + r) * kMaxGroups + g], sum = block.q8.sum[(row + r) * kMaxGroups + g];
-          for (int n = 0; n < kPerBlock; ++n) {
-            const int t = (tb + i) * 16 + n * kVector;
-            store(s[r] + t,
-                  load(s[r] + t) + load(tile.scale[0][g] + t) * (dot[n] * unit) + load(tile.zero[0][g] + t) * sum);
-          }
-        }
-      }
-    }
+  SKVQ_FN void add(const Sums& narrow) {
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < T; ++i)
+        for (int b = 0; b < Bytes; ++b) sum[r][i][b] = Simd::widen(sum[r][i][b], narrow.sum[r][i][b]);
   }
-}
-
-template <int R>
-void add_band_logits(const RecordFormat& format, int b, const RowBlock& block, int row, const TileValues& tile,
-                     const std::uint8_t* record, float (*s)[kTileTokens]) {
-  const std::uint8_t* codes = record + format.band_offset(Side::kKey, b);
-  with_code(format.k.bands[b].code, [&]<Code C>() {
-    if constexpr (!is_base3(C)) add_logits<C, R>(format.k, b, block, row, tile, codes, s);
-  });
-}
-
-// Probabilities times the scale of V, rounded per row and group, and the rounded weights' sums with the zeros.
-template <int R>
-struct Weights {
-  std::int8_t high[R][kTileTokens], low[R][kTileTokens];
-  float unit[R], zero[R];
-
-  template <int Bytes>
-  SKVQ_FN void set(const TileValues& tile, int g, const float (*p)[kTileTokens]) {
-    for (int r = 0; r < R; ++r) {
-      Floats weight[kTileTokens / kVector], top = {}, zeros = {};
-      for (int i = 0; i < kTileTokens / kVector; ++i) {
-        weight[i] = load(p[r] + i * kVector) * load(tile.scale[1][g] + i * kVector);
-        top = weight[i] > top ? weight[i] : top;
-      }
-      const float max = largest(top);
-      const float inverse = max > 0.0f ? kByteRange<Bytes> / max : 0.0f;
-      for (int i = 0; i < kTileTokens / kVector; ++i) {
-        const Ints n = round_to_int(weight[i] * inverse);
-        zeros += __builtin_convertvector(n, Floats) * load(tile.zero[1][g] + i * kVector);
-        store_rounded<Bytes>(n, high[r] + i * kVector, low[r] + i * kVector);
-      }
-      unit[r] = max / kByteRange<Bytes>;
-      zero[r] = sum(zeros) * unit[r];
+  // High and low sums as one number a lane.
+  SKVQ_FN void get(int r, int i, float step, Floats (&out)[16 / kVector]) const {
+    Simd::to_float(sum[r][i][0], out);
+    if constexpr (Bytes == 2) {
+      Floats low[16 / kVector];
+      Simd::to_float(sum[r][i][1], low);
+      for (int n = 0; n < 16 / kVector; ++n) out[n] = out[n] * step + low[n];
     }
   }
 };
 
-template <Code C, int R>
-void add_group_values(const TensorFormat& format, const Band& band, const Group& group, const RowBlock& block, int row,
-                      const Weights<R>& w, const std::uint8_t* codes, std::ptrdiff_t ahead, const float* factor) {
-  constexpr int kBytes = bytes_for(C);
-  for (int c = group.begin; c < group.end; c += 16) {
-    const int cb = (c - band.begin) / 16;
-    // Two sums a row: of the high and the low bytes, or of every other block where there is one byte.
-    Simd::Sum sums[R][2];
-    for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = Simd::zero();
-    const auto add = [&](int tb, const Simd::Codes(&quads)[4]) {
-      for (int r = 0; r < R; ++r) {
-        Simd::Sum& high = sums[r][kBytes == 1 ? tb % 2 : 0];
-        high = Simd::dot(high, quads, w.high[r] + tb * 16);
-        if constexpr (kBytes == 2) sums[r][1] = Simd::dot(sums[r][1], quads, w.low[r] + tb * 16);
-      }
-    };
-    if constexpr (is_base3(C)) {
-      Simd::Codes quads[4][4];
-      for (int line = 0; line < Lanes::kTernaryBlockBytes; line += 64) {
-        __builtin_prefetch(codes + cb * Lanes::kTernaryBlockBytes + ahead + line);
-      }
-      Simd::ternary_blocks(codes + cb * Lanes::kTernaryBlockBytes, *reinterpret_cast<Simd::Codes(*)[16]>(&quads));
-      for (int tb = 0; tb < Lanes::kBlocks; ++tb) add(tb, quads[tb]);
-    } else {
-      for (int tb = 0; tb < Lanes::kBlocks; ++tb) {
-        Simd::Codes quads[4];
-        load_block<C>(Side::kValue, band.channels, tb, cb, codes, ahead, quads);
-        add(tb, quads);
+// Products of R query rows with T blocks of 16 keys over the channels of a group.
+template <Code C, int R, int T>
+SKVQ_FN void multiply_keys(const Blocks<C>& blocks, const Band& band, const Group& group, const RowBlock& block,
+                           int row, int head_dim, int tb, Sums<bytes_for(C), R, T>& sums) {
+  constexpr int kBytes = bytes_for(C), kRun = 16 * blocks_per_run(C, 128);
+  for (int begin = group.begin; begin < group.end; begin += kRun) {
+    Sums<kBytes, R, T> part;
+    for (int c = begin; c < min_int(begin + kRun, group.end); c += 16) {
+      const int cb = (c - band.begin) / 16;
+      for (int i = 0; i < T; ++i) blocks.prefetch(tb + i, cb);
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+#pragma GCC unroll 4
+        for (int i = 0; i < T; ++i) {
+          const Simd::Codes codes = Simd::quad<C>(blocks.low(tb + i, cb), blocks.high(tb + i, cb), q);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            const int at = (row + r) * head_dim + c + 4 * q;
+            Simd::add(part.sum[r][i][0], codes, block.q8.high + at);
+            if constexpr (kBytes == 2) Simd::add(part.sum[r][i][1], codes, block.q8.low + at);
+          }
+        }
       }
     }
-    for (int r = 0; r < R; ++r) {
-      float* o = block.o + (row + r) * format.head_dim + c;
-      Floats dot[kPerBlock];
-      if constexpr (kBytes == 1) {
-        Simd::to_float(Simd::add(sums[r][0], sums[r][1]), dot);
-      } else {
-        weigh_bytes<2>(sums[r], dot);
-      }
-      for (int n = 0; n < kPerBlock; ++n) {
-        float* lanes = o + n * kVector;
-        store(lanes, load(lanes) * factor[r] + dot[n] * w.unit[r] + w.zero[r]);
+    sums.add(part);
+  }
+}
+
+template <Code C, int R>
+void integer_band_logits(const TensorFormat& format, int b, const RowBlock& block, int row, const PackedTile& tile,
+                         float (*s)[kTileTokens]) {
+  constexpr int T = blocks_together(R * bytes_for(C));
+  const Band& band = format.bands[b];
+  const Blocks<C> blocks{tile.codes[0][b], Side::kKey, band.channels, tile.ahead};
+  for (int g = 0; g < tile.layout[0].num_groups; ++g) {
+    const Group& group = tile.layout[0].groups[g];
+    if (group.band != b) continue;
+    for (int tb = 0; tb < Lanes::kBlocks; tb += T) {
+      Sums<bytes_for(C), R, T> sums;
+      multiply_keys<C, R, T>(blocks, band, group, block, row, format.head_dim, tb, sums);
+      for (int r = 0; r < R; ++r) {
+        const float unit = block.q8.unit[(row + r) * kMaxGroups + g], total = block.q8.sum[(row + r) * kMaxGroups + g];
+        for (int i = 0; i < T; ++i) {
+          Floats dot[16 / kVector];
+          sums.get(r, i, kByteStep, dot);
+          for (int n = 0; n < 16 / kVector; ++n) {
+            const int t = (tb + i) * 16 + n * kVector;
+            const Floats logit = load(tile.scale[0][g] + t) * (dot[n] * unit) + load(tile.zero[0][g] + t) * total;
+            store(s[r] + t, load(s[r] + t) + logit);
+          }
+        }
       }
     }
   }
 }
 
+// Probabilities times the scales of V as unsigned bytes, n or 256 * high + low, per row and group.
+template <int Bytes, int R>
+struct Weights {
+  std::uint8_t high[R][kTileTokens], low[R][kTileTokens];
+  float unit;  // one for all rows, because 1 is among the probabilities of each
+
+  // A token that a row does not see has probability 0 and may hold NaN.
+  SKVQ_FN Weights(const PackedTile& tile, int g, int offset, RowBlock& block, int row, const float (*p)[kTileTokens],
+                  const Step<R>& step) {
+    constexpr float kRange = Bytes == 1 ? 255.0f : 65535.0f;
+    Floats top = {}, ratio[kTileTokens / kVector];
+    for (int i = 0; i < kTileTokens / kVector; ++i) {
+      const Floats scale = load(tile.scale[1][g] + i * kVector);
+      top = scale > top ? scale : top;
+      // Multiplied with the rounded weights, so that codes and zeros are weighed alike.
+      ratio[i] = load(tile.zero[1][g] + i * kVector) / scale + static_cast<float>(offset);
+    }
+    const float max = largest(top), inverse = kRange / max;
+    unit = max / kRange;
+    Floats zeros[R] = {};
+    for (int r = 0; r < R; ++r) {
+      for (int i = 0; i < kTileTokens / kVector; ++i) {
+        const Floats prob = load(p[r] + i * kVector), scale = load(tile.scale[1][g] + i * kVector);
+        const Ints n = prob != 0.0f ? round_to_int(prob * scale * inverse) : Ints{};
+        zeros[r] += prob != 0.0f ? to_floats(n) * ratio[i] : Floats{};
+        Simd::store_bytes(high[r] + i * kVector, Bytes == 1 ? n : n >> 8);
+        if constexpr (Bytes == 2) Simd::store_bytes(low[r] + i * kVector, n);
+      }
+    }
+    add_zeros<R>(block, row, g, zeros, step, unit);
+  }
+};
+
+// Weighed sums of T blocks of 16 channels, starting at channel c.
+template <Code C, int R, int T>
+SKVQ_FN void add_integer_values(const Blocks<C>& blocks, const Band& band, RowBlock& block, int row, int head_dim,
+                                int c, const Weights<bytes_for(C), R>& weights, const Step<R>& step) {
+  constexpr int kBytes = bytes_for(C), kRun = blocks_per_run(C, 255);
+  const int cb = (c - band.begin) / 16;
+  [[maybe_unused]] Simd::Codes trits[T][16];
+  if constexpr (is_base3(C)) {
+    for (int i = 0; i < T; ++i) {
+      const std::uint8_t* in = blocks.codes + (cb + i) * Lanes::kTernaryBlockBytes;
+      for (int line = 0; line < Lanes::kTernaryBlockBytes; line += 64) __builtin_prefetch(in + blocks.ahead + line);
+      Simd::ternary_quads(in, trits[i]);
+    }
+  }
+  Sums<kBytes, R, T> sums;
+  for (int begin = 0; begin < Lanes::kBlocks; begin += kRun) {
+    Sums<kBytes, R, T> part;
+    for (int tb = begin; tb < min_int(begin + kRun, Lanes::kBlocks); ++tb) {
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+#pragma GCC unroll 4
+        for (int i = 0; i < T; ++i) {
+          Simd::Codes codes;
+          if constexpr (is_base3(C)) {
+            codes = trits[i][tb * 4 + q];
+          } else {
+            if (q == 0) blocks.prefetch(tb, cb + i);
+            codes = Simd::quad<C>(blocks.low(tb, cb + i), blocks.high(tb, cb + i), q);
+          }
+          codes = Simd::less_offset<C>(codes);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            Simd::add(part.sum[r][i][0], codes, weights.high[r] + tb * 16 + q * 4);
+            if constexpr (kBytes == 2) Simd::add(part.sum[r][i][1], codes, weights.low[r] + tb * 16 + q * 4);
+          }
+        }
+      }
+    }
+    sums.add(part);
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int i = 0; i < T; ++i) {
+      Floats dot[16 / kVector];
+      sums.get(r, i, 256.0f, dot);
+      for (int n = 0; n < 16 / kVector; ++n) {
+        float* o = block.o + (row + r) * head_dim + c + i * 16 + n * kVector;
+        store(o, load(o) * step.keep[r] + dot[n] * (weights.unit * step.weight[r]));
+      }
+    }
+  }
+}
+
+template <Code C, int R>
+void integer_group_values(const TensorFormat& format, int g, RowBlock& block, int row, const PackedTile& tile,
+                          const float (*p)[kTileTokens], const Step<R>& step) {
+  constexpr int T = blocks_together(R * bytes_for(C));
+  const Group& group = tile.layout[1].groups[g];
+  const Band& band = format.bands[group.band];
+  const Blocks<C> blocks{tile.codes[1][group.band], Side::kValue, band.channels, tile.ahead};
+  const Weights<bytes_for(C), R> weights(tile, g, code_offset(C), block, row, p, step);
+  int c = group.begin;
+  for (; c + 16 * T <= group.end; c += 16 * T) {
+    add_integer_values<C, R, T>(blocks, band, block, row, format.head_dim, c, weights, step);
+  }
+  for (; c < group.end; c += 16) {
+    add_integer_values<C, R, 1>(blocks, band, block, row, format.head_dim, c, weights, step);
+  }
+}
+
+// R rows against a packed tile.
 template <int R>
-void add_values(const RecordFormat& format, const RowBlock& block, int row, const TileValues& tile,
-                const std::uint8_t* record, const float (*p)[kTileTokens], const float* factor) {
-  for (int g = 0; g < format.v.num_groups(); ++g) {
-    const Group group = format.v.group_at(g);
-    const Band& band = format.v.bands[group.band];
-    const std::uint8_t* codes = record + format.band_offset(Side::kValue, group.band);
-    with_code(band.code, [&]<Code C>() {
-      Weights<R> weights;
-      weights.template set<bytes_for(C)>(tile, g, p);
-      add_group_values<C, R>(format.v, band, group, block, row, weights, codes, tile.ahead, factor);
+void attend_integer(const DecodeArgs& a, RowBlock& block, int row, const TokenRange* range, const PackedTile& tile) {
+  const TensorFormat &k = a.cache.format.k, &v = a.cache.format.v;
+  float s[R][kTileTokens] = {};
+  for (int b = 0; b < k.num_bands; ++b) {
+    with_planes(tile.code[0][b], [&]<Code C>() {
+      if constexpr (Simd::supports(C)) integer_band_logits<C, R>(k, b, block, row, tile, s);
     });
+  }
+  const Step<R> step = softmax_step<R>(a, block, row, range, s);
+  for (int g = 0; g < tile.layout[1].num_groups; ++g) {
+    const Code code = tile.code[1][tile.layout[1].groups[g].band];
+    if (is_base3(code)) {
+      integer_group_values<Code::kTernary, R>(v, g, block, row, tile, s, step);
+    } else {
+      with_planes(code, [&]<Code C>() {
+        if constexpr (Simd::supports(C)) integer_group_values<C, R>(v, g, block, row, tile, s, step);
+      });
+    }
   }
 }
 

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace skvq::cpu {
 
@@ -27,40 +28,50 @@ struct Candidate {
   Kernels (*make)();
 };
 
-// Best first.
-template <class F>
-void each_candidate(F&& visit) {
 #if defined(__x86_64__)
-  visit(Candidate{"avx512",
-                  __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"),
-                  [] { return Kernels{"avx512", avx512::pack_kernels(), avx512::attend_kernels()}; }});
-  visit(Candidate{"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
-                  [] { return Kernels{"avx2", avx2::pack_kernels(), avx2::attend_kernels()}; }});
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
 #endif
-  visit(Candidate{"portable", true,
-                  [] { return Kernels{"portable", portable::pack_kernels(), portable::attend_kernels()}; }});
+
+// Best first.
+std::vector<Candidate> candidates() {
+  return {
+#if defined(__x86_64__)
+      {"avx512", has_avx512(), [] { return Kernels{"avx512", avx512::pack_kernels(), avx512::attend_kernels()}; }},
+      {"avx2", has_avx2(), [] { return Kernels{"avx2", avx2::pack_kernels(), avx2::attend_kernels()}; }},
+#endif
+      {"portable", true, [] { return Kernels{"portable", portable::pack_kernels(), portable::attend_kernels()}; }},
+  };
 }
 
 Kernels choose() {
   const char* asked = std::getenv("SKVQ_CPU_ISA");
-  Kernels chosen{};
-  bool known = false;
-  each_candidate([&](const Candidate& c) {
-    const bool named = asked != nullptr && std::string(asked) == c.name;
-    known |= named;
-    if (chosen.isa == nullptr && c.supported && (asked == nullptr || named)) chosen = c.make();
-  });
-  if (chosen.isa == nullptr) {
-    throw std::runtime_error(std::string("SKVQ_CPU_ISA=") + asked +
-                             (known ? " is not supported by this CPU" : " is not an instruction set of this build") +
-                             "; this build has " + built_isas() + ". Unset the variable to let the library choose.");
+  if (asked == nullptr) return supported_kernels().front();
+  for (const Kernels& kernels : supported_kernels()) {
+    if (std::string(asked) == kernels.isa) return kernels;
   }
-  return chosen;
+  bool known = false;
+  for (const Candidate& c : candidates()) known |= std::string(asked) == c.name;
+  throw std::runtime_error(std::string("SKVQ_CPU_ISA=") + asked +
+                           (known ? " is not supported by this CPU" : " is not an instruction set of this build") +
+                           "; this build has " + built_isas() + ". Unset the variable to let the library choose.");
 }
 
 }  // namespace
+
+std::vector<Kernels> supported_kernels() {
+  std::vector<Kernels> sets;
+  for (const Candidate& c : candidates()) {
+    if (c.supported) sets.push_back(c.make());
+  }
+  return sets;
+}
 
 const Kernels& kernels() {
   static const Kernels chosen = choose();

@@ -1,6 +1,8 @@
 // The kernels of one instruction set, and the choice among them at run time.
 #pragma once
 
+#include <vector>
+
 #include "cpu/decode_plan.h"
 #include "skvq/cache.h"
 
@@ -21,7 +23,7 @@ struct PackKernels {
 
 // csrc/cpu/attend.cpp, compiled once per instruction set.
 struct AttendKernels {
-  void (*attend_item)(const DecodeArgs& args, const WorkItem& item, Scratch& scratch);
+  void (*attend_item)(const DecodeArgs& args, const WorkItem& item, const Scratch& scratch);
   std::int64_t tile_bytes;  // size of Scratch::tile
 };
 
@@ -30,6 +32,9 @@ struct Kernels {
   PackKernels pack;
   AttendKernels attend;
 };
+
+// All sets of this build that this CPU runs, best first.
+std::vector<Kernels> supported_kernels();
 
 // The best set this CPU runs, or the one named by the environment variable SKVQ_CPU_ISA.
 // Throws std::runtime_error where that names a set that is unknown, not built or not supported by the CPU.

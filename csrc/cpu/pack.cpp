@@ -2,6 +2,7 @@
 #include "cpu/append_kernel.h"
 #include "cpu/heads_kernel.h"
 #include "cpu/kernels.h"
+#include "cpu/repack_kernel.h"
 #include "cpu/rows_kernel.h"
 
 namespace skvq::cpu {
@@ -33,40 +34,6 @@ void dequantize_side(const RecordFormat& format, Side side, Exponents exponents,
 inline void dequantize_record(const RecordFormat& format, Side side, Exponents exponents, const std::uint8_t* record,
                               float* out) {
   visit_arrangement(format.arrangement, [&]<class A>() { dequantize_side<A>(format, side, exponents, record, out); });
-}
-
-template <class From, class To>
-void repack_side(const RecordFormat& format, Side side, const std::uint8_t* from, std::uint8_t* to) {
-  const TensorFormat& tensor = format.side(side);
-  std::uint8_t codes[kMaxHeadDim * kTileTokens];
-  for (int b = 0; b < tensor.num_bands; ++b) {
-    const Band& band = tensor.bands[b];
-    const int offset = format.band_offset(side, b);
-    for (int c = 0; c < band.channels; ++c) {
-      for (int t = 0; t < kTileTokens; ++t) {
-        codes[c * kTileTokens + t] = static_cast<std::uint8_t>(read_code<From>(side, band, from + offset, t, c));
-      }
-    }
-    pack_band<To>(side, band, codes, to + offset);
-  }
-  const int groups = tensor.num_groups(), meta = format.meta_offset(side);
-  for (int g = 0; g < groups; ++g) {
-    for (int t = 0; t < kTileTokens; ++t) {
-      for (int which = 0; which < 2; ++which) {
-        store_meta(format.meta, to + meta, To::meta(groups, t, g, which),
-                   load_meta(format.meta, from + meta, From::meta(groups, t, g, which)));
-      }
-    }
-  }
-}
-
-inline void repack_record(const RecordFormat& format, ArrangementKind target, const std::uint8_t* from,
-                          std::uint8_t* to) {
-  visit_arrangement(format.arrangement, [&]<class From>() {
-    visit_arrangement(target, [&]<class To>() {
-      for (const Side side : kSides) repack_side<From, To>(format, side, from, to);
-    });
-  });
 }
 
 PackKernels pack_kernels() {

@@ -1,7 +1,7 @@
-// Four-way byte dot products on blocks of 16 lanes x 16 fields: the vector instructions of the integer kernel.
+// Byte dot products on blocks of 16 lanes x 16 fields: the vector instructions of the integer kernel.
 //
-// `Simd::block<Code>` reads the codes of one block as four vectors, one a quad of fields; `Simd::dot` adds
-// sum over the 16 fields of code * coefficient to every lane.
+// `Simd::quad<Code>` reads the codes of four fields of a block; `Simd::add` adds the sum over them of code *
+// coefficient to every lane of a narrow sum, and `Simd::widen` adds a narrow sum to a wide one before it overflows.
 #pragma once
 
 #include "cpu/tile.h"
@@ -20,9 +20,9 @@
 namespace skvq::cpu {
 inline namespace SKVQ_ISA {
 
-// Calls f.operator()<Code>() for the code at hand.
+// Calls f.operator()<Code>() for the bit planes at hand.
 template <class F>
-SKVQ_FN void with_code(Code code, F&& f) {
+SKVQ_FN void with_planes(Code code, F&& f) {
   switch (code) {
     case Code::kInt8:
       return f.template operator()<Code::kInt8>();
@@ -34,24 +34,31 @@ SKVQ_FN void with_code(Code code, F&& f) {
     case Code::kTernaryFast:
       return f.template operator()<Code::kInt2>();
     case Code::kTernary:
-      return f.template operator()<Code::kTernary>();
+      return;  // has none
   }
 }
 
-#if SKVQ_HAS_SIMD
-// The block (tb, cb) of a band of `channels` whose codes start at `codes`. `ahead` is the way to the record that comes
-// next: asking for its lines one by one, as these are used, keeps memory busy without crowding it.
+// The blocks of a band. `ahead` is the way to the record that comes next: asking for its lines one by one, as these are
+// used, keeps memory busy without crowding it.
 template <Code C>
-SKVQ_FN void load_block(Side side, int channels, int tb, int cb, const std::uint8_t* codes, std::ptrdiff_t ahead,
-                        Simd::Codes (&quads)[4]) {
-  constexpr int kLow = traits(C).plane_bits[0], kHigh = traits(C).plane_bits[1];
-  const std::uint8_t* low = codes + Lanes::block_offset(side, kLow, channels, tb, cb);
-  const std::uint8_t* high = codes;
-  if constexpr (kHigh > 0) high += high_block(side, kLow, kHigh, channels, tb, cb);
-  for (int line = 0; line < Lanes::block_bytes(kLow); line += 64) __builtin_prefetch(low + ahead + line);
-  Simd::block<C>(low, high, quads);
-}
-#endif
+struct Blocks {
+  static constexpr int kLow = traits(C).plane_bits[0], kHigh = traits(C).plane_bits[1];
+  const std::uint8_t* codes;
+  Side side;
+  int channels;
+  std::ptrdiff_t ahead;
+
+  // First bytes of the block (token block, channel block) in both planes.
+  SKVQ_FN const std::uint8_t* low(int tb, int cb) const {
+    return codes + Lanes::block_offset(side, kLow, channels, tb, cb);
+  }
+  SKVQ_FN const std::uint8_t* high(int tb, int cb) const {
+    return kHigh == 0 ? nullptr : codes + high_block(side, kLow, kHigh, channels, tb, cb);
+  }
+  SKVQ_FN void prefetch(int tb, int cb) const {
+    for (int line = 0; line < Lanes::block_bytes(kLow); line += 64) __builtin_prefetch(low(tb, cb) + ahead + line);
+  }
+};
 
 }  // namespace SKVQ_ISA
 }  // namespace skvq::cpu

@@ -24,17 +24,22 @@ inline constexpr TritTable kTritTable{};
 
 struct Simd {
   using Codes = __m512i;
+  using Narrow = __m512i;  // sums of products of bytes
   using Sum = __m512i;
+
+  static constexpr int kRegisters = 32, kPerVector = 1;  // registers there are, and that one Sum takes
+  static constexpr int kProducts = 4, kNarrowMax = 0x7fffffff;
 
   static constexpr bool supports(Code) { return true; }
 
   SKVQ_FN static Sum zero() { return _mm512_setzero_si512(); }
-  SKVQ_FN static Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
+  SKVQ_FN static Narrow narrow_zero() { return _mm512_setzero_si512(); }
+  SKVQ_FN static Sum widen(Sum sum, Narrow part) { return _mm512_add_epi32(sum, part); }
   SKVQ_FN static void to_float(Sum s, Floats (&lanes)[1]) { lanes[0] = (Floats)_mm512_cvtepi32_ps(s); }
 
   // The low byte of each lane.
-  SKVQ_FN static void store_bytes(std::int8_t* out, Ints v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8((__m512i)v));
+  SKVQ_FN static void store_bytes(void* out, Ints v) {
+    _mm_storeu_si128(static_cast<__m128i*>(out), _mm512_cvtepi32_epi8((__m512i)v));
   }
 
   template <int Width>
@@ -42,24 +47,20 @@ struct Simd {
     return _mm512_and_si512(_mm512_srli_epi32(words, Width * q), _mm512_set1_epi8((1 << Width) - 1));
   }
 
-  // `low` and `high` are the block's bytes in the first and the second plane.
   template <Code C>
-  SKVQ_FN static void block(const std::uint8_t* low, const std::uint8_t* high, Codes (&codes)[4]) {
-    constexpr int kWidth = traits(C).plane_bits[0];
-    constexpr int kQuads = 8 / kWidth;
-    for (int q = 0; q < 4; ++q) {
-      const __m512i words = _mm512_loadu_si512(low + q / kQuads * 64);
-      codes[q] = kWidth == 8 ? words : field<kWidth>(words, q % kQuads);
-      if constexpr (traits(C).plane_bits[1] == 1) {
-        std::uint64_t mask;
-        std::memcpy(&mask, high + q * 8, sizeof mask);
-        codes[q] = _mm512_or_si512(codes[q], _mm512_maskz_set1_epi8(mask, 1 << kWidth));
-      }
+  SKVQ_FN static Codes quad(const std::uint8_t* low, [[maybe_unused]] const std::uint8_t* high, int q) {
+    constexpr int kWidth = traits(C).plane_bits[0], kQuads = 8 / kWidth;
+    const __m512i words = _mm512_loadu_si512(low + q / kQuads * 64);
+    Codes codes = kWidth == 8 ? words : field<kWidth>(words, q % kQuads);
+    if constexpr (traits(C).plane_bits[1] == 1) {
+      std::uint64_t mask;
+      std::memcpy(&mask, high + q * 8, sizeof mask);
+      codes = _mm512_or_si512(codes, _mm512_maskz_set1_epi8(mask, 1 << kWidth));
     }
+    return codes;
   }
 
-  // Sixteen channels of 64 tokens: sixteen quads of tokens.
-  SKVQ_FN static void ternary_blocks(const std::uint8_t* in, Codes (&codes)[16]) {
+  SKVQ_FN static void ternary_quads(const std::uint8_t* in, Codes (&codes)[16]) {
     const __m512i low = _mm512_load_si512(kTritTable.fields), high = _mm512_load_si512(kTritTable.fields + 64);
     const __m512i top = _mm512_set1_epi8(81), one = _mm512_set1_epi8(1);
     for (int word = 0; word < 3; ++word) {
@@ -79,11 +80,24 @@ struct Simd {
     codes[15] = _mm512_and_si512(spread, _mm512_set1_epi8(3));
   }
 
-  SKVQ_FN static Sum dot(Sum sum, const Codes (&codes)[4], const std::int8_t* coefficients) {
-    using Quad [[gnu::may_alias, gnu::aligned(4)]] = std::int32_t;  // one load each: the broadcast then costs nothing
-    const Quad* quads = reinterpret_cast<const Quad*>(coefficients);
-    for (int q = 0; q < 4; ++q) sum = _mm512_dpbusd_epi32(sum, codes[q], _mm512_set1_epi32(quads[q]));
-    return sum;
+  // Codes of eight bits less 128; others as they are.
+  template <Code C>
+  SKVQ_FN static Codes less_offset(Codes codes) {
+    return C == Code::kInt8 ? _mm512_xor_si512(codes, _mm512_set1_epi8(-128)) : codes;
+  }
+
+  SKVQ_FN static void add(Narrow& part, Codes codes, const std::int8_t* four) {
+    part = _mm512_dpbusd_epi32(part, codes, broadcast(four));
+  }
+  // Codes must lie in -128 to 127.
+  SKVQ_FN static void add(Narrow& part, Codes codes, const std::uint8_t* four) {
+    part = _mm512_dpbusd_epi32(part, broadcast(four), codes);
+  }
+
+ private:
+  SKVQ_FN static __m512i broadcast(const void* four) {
+    using Four [[gnu::may_alias, gnu::aligned(4)]] = std::int32_t;  // one load: the broadcast then costs nothing
+    return _mm512_set1_epi32(*static_cast<const Four*>(four));
   }
 };
 

@@ -14,11 +14,6 @@
 namespace skvq::cpu {
 inline namespace SKVQ_ISA {
 
-// Where unpacked values go: K as [token block][channel][16 tokens], V as [token][channel].
-SKVQ_FN int float_index(Side side, int head_dim, int token, int channel) {
-  return side == Side::kKey ? ((token / 16) * head_dim + channel) * 16 + token % 16 : token * head_dim + channel;
-}
-
 // Codes of one band, [channel][64 tokens], to bytes and back, one by one.
 template <class Arrangement>
 void pack_band(Side side, const Band& band, const std::uint8_t* codes, std::uint8_t* out) {
@@ -45,53 +40,11 @@ void pack_band(Side side, const Band& band, const std::uint8_t* codes, std::uint
   }
 }
 
-// Subtracted from codes when they become floats, and given back to the zero: codes then sum to about nothing over a
-// group, so that a sum does not lose its low bits to a constant part.
-SKVQ_FN constexpr float code_centre(Code code) {
-  return 0.5f * static_cast<float>(traits(code).levels - 1);
-}
-
-template <class Arrangement>
-void unpack_band(Side side, const Band& band, int head_dim, const std::uint8_t* in, float* out) {
-  const float centre = code_centre(band.code);
-  for (int c = 0; c < band.channels; ++c) {
-    for (int t = 0; t < kTileTokens; ++t) {
-      out[float_index(side, head_dim, t, band.begin + c)] =
-          static_cast<float>(read_code<Arrangement>(side, band, in, t, c)) - centre;
-    }
-  }
-}
-
 // ---- Lanes, a block of 16 tokens x 16 channels at a time ----
 
 struct Block {
   std::uint32_t field[16][16];  // [field][lane]
 };
-
-template <int Width>
-SKVQ_FN void read_plane(const std::uint8_t* in, int low, Block& block) {
-  if constexpr (Width == 1) {
-    std::uint64_t masks[4];
-    std::memcpy(masks, in, sizeof masks);
-    for (int f = 0; f < 16; ++f) {
-      for (int lane = 0; lane < 16; ++lane) {
-        block.field[f][lane] |= static_cast<std::uint32_t>(masks[f / 4] >> (lane * 4 + f % 4) & 1u) << low;
-      }
-    }
-  } else {
-    constexpr int kFields = 32 / Width;
-    for (int first = 0; first < 16; first += kFields) {
-      std::uint32_t words[16];
-      std::memcpy(words, in + first / kFields * 64, sizeof words);
-      for (int f = 0; f < kFields; ++f) {
-        const int shift = 8 * (f % 4) + Width * (f / 4);
-        for (int lane = 0; lane < 16; ++lane) {
-          block.field[first + f][lane] |= (words[lane] >> shift & ((1u << Width) - 1)) << low;
-        }
-      }
-    }
-  }
-}
 
 template <int Width>
 SKVQ_FN void write_plane(const Block& block, int low, std::uint8_t* out) {
@@ -140,56 +93,6 @@ void pack_lanes(Side side, const Band& band, const std::uint8_t* codes, std::uin
   }
 }
 
-template <int Low, int High>
-void unpack_lanes(Side side, const Band& band, int head_dim, const std::uint8_t* in, float* out) {
-  const float centre = code_centre(band.code);
-  for (int tb = 0; tb < Lanes::kBlocks; ++tb) {
-    for (int cb = 0; cb < band.channels / 16; ++cb) {
-      Block block = {};
-      read_plane<Low>(in + Lanes::block_offset(side, Low, band.channels, tb, cb), 0, block);
-      if constexpr (High > 0) read_plane<High>(in + high_block(side, Low, High, band.channels, tb, cb), Low, block);
-      const int channel = band.begin + cb * 16;
-      for (int f = 0; f < 16; ++f) {
-        float* row = out + (side == Side::kKey ? float_index(side, head_dim, tb * 16, channel + f)
-                                               : float_index(side, head_dim, tb * 16 + f, channel));
-        for (int lane = 0; lane < 16; ++lane)
-          row[lane] = static_cast<float>(static_cast<std::int32_t>(block.field[f][lane])) - centre;
-      }
-    }
-  }
-}
-
-// Sixteen bytes of base-3 digits, one a lane, lowest digit first.
-template <class F>
-SKVQ_FN void each_trit(const std::uint8_t* bytes, int stride, int digits, F&& visit) {
-  std::int32_t rest[16];
-  for (int lane = 0; lane < 16; ++lane) rest[lane] = bytes[lane * stride];
-  for (int digit = 0; digit < digits; ++digit) {
-    float trit[16];
-    for (int lane = 0; lane < 16; ++lane) {
-      const std::int32_t third = (rest[lane] * 171) >> 9;  // rest / 3, exact under 256
-      trit[lane] = static_cast<float>(rest[lane] - 3 * third) - code_centre(Code::kTernary);
-      rest[lane] = third;
-    }
-    visit(digit, trit);
-  }
-}
-
-inline void unpack_lanes_ternary(Side side, const Band& band, int head_dim, const std::uint8_t* in, float* out) {
-  for (int cb = 0; cb < band.channels; cb += 16, in += Lanes::kTernaryBlockBytes) {
-    const auto put = [&](int token, const float* trit) {
-      for (int i = 0; i < 16; ++i) out[float_index(side, head_dim, token, band.begin + cb + i)] = trit[i];
-    };
-    for (int word = 0; word < 3; ++word) {
-      for (int byte = 0; byte < 4; ++byte) {
-        each_trit(in + word * 64 + byte, 4, kTritsPerByte,
-                  [&](int digit, const float* trit) { put((3 * digit + word) * 4 + byte, trit); });
-      }
-    }
-    each_trit(in + 192, 1, Lanes::kQuad, [&](int digit, const float* trit) { put(60 + digit, trit); });
-  }
-}
-
 inline void pack_lanes_ternary(const Band& band, const std::uint8_t* codes, std::uint8_t* out) {
   std::memset(out, 0, tile_code_bytes(band.code, band.channels));
   for (int t = 0; t < kTileTokens; ++t) {
@@ -216,23 +119,6 @@ inline void pack_band<Lanes>(Side side, const Band& band, const std::uint8_t* co
       return pack_lanes<2, 0>(side, band, codes, out);
     case Code::kTernary:
       return pack_lanes_ternary(band, codes, out);
-  }
-}
-
-template <>
-inline void unpack_band<Lanes>(Side side, const Band& band, int head_dim, const std::uint8_t* in, float* out) {
-  switch (band.code) {
-    case Code::kInt8:
-      return unpack_lanes<8, 0>(side, band, head_dim, in, out);
-    case Code::kInt4:
-      return unpack_lanes<4, 0>(side, band, head_dim, in, out);
-    case Code::kInt3:
-      return unpack_lanes<2, 1>(side, band, head_dim, in, out);
-    case Code::kInt2:
-    case Code::kTernaryFast:
-      return unpack_lanes<2, 0>(side, band, head_dim, in, out);
-    case Code::kTernary:
-      return unpack_lanes_ternary(side, band, head_dim, in, out);
   }
 }
 

@@ -38,6 +38,12 @@ SKVQ_FN Floats load(const float* p) {
 SKVQ_FN void store(float* p, Floats v) {
   *reinterpret_cast<Floats*>(p) = v;
 }
+SKVQ_FN Ints load_words(const std::uint8_t* p) {
+  return *reinterpret_cast<const Ints*>(p);
+}
+SKVQ_FN Floats to_floats(Ints v) {
+  return __builtin_convertvector(v, Floats);
+}
 
 SKVQ_FN Ints lane_index() {
 #if defined(__AVX512F__)
@@ -49,38 +55,68 @@ SKVQ_FN Ints lane_index() {
 #endif
 }
 
-// Bytes as integers: compilers take this apart lane by lane where they are not told the instruction.
-SKVQ_FN Ints load_bytes(const std::uint8_t* p) {
+// kVector numbers of a float type as fp32; equal to load_float. Compilers take conversions apart lane by lane where
+// they are not told the instruction.
+template <DType D>
+SKVQ_FN Floats load_as(const void* data, std::int64_t first) {
+  if constexpr (D == DType::kF32) return load(static_cast<const float*>(data) + first);
+  [[maybe_unused]] const std::uint16_t* halves = static_cast<const std::uint16_t*>(data) + first;
 #if defined(__AVX512F__)
-  return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves));
+  if constexpr (D == DType::kF16) return (Floats)_mm512_cvtph_ps(bits);
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 #elif defined(__AVX2__)
-  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves));
+  if constexpr (D == DType::kF16) return (Floats)_mm256_cvtph_ps(bits);
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
 #else
-  Ints v;
-  for (int i = 0; i < kVector; ++i) v[i] = p[i];
+  Floats v;
+  for (int i = 0; i < kVector; ++i) v[i] = load_float(D, halves, i);
   return v;
 #endif
 }
 
-// `count` numbers of any float type as fp32.
-SKVQ_FN void load_floats(DType dtype, const void* data, std::int64_t first, int count, float* out) {
+// Calls visit.template operator()<D>() for the type at hand.
+template <class F>
+SKVQ_FN void with_dtype(DType dtype, F&& visit) {
   switch (dtype) {
     case DType::kF32:
-      for (int i = 0; i < count; ++i) out[i] = load_float(DType::kF32, data, first + i);
-      break;
+      return visit.template operator()<DType::kF32>();
     case DType::kF16:
-      for (int i = 0; i < count; ++i) out[i] = load_float(DType::kF16, data, first + i);
-      break;
+      return visit.template operator()<DType::kF16>();
     case DType::kBf16:
-      for (int i = 0; i < count; ++i) out[i] = load_float(DType::kBf16, data, first + i);
-      break;
+      return visit.template operator()<DType::kBf16>();
   }
+}
+
+// `count` numbers of any float type as fp32, a multiple of 16.
+SKVQ_FN void load_floats(DType dtype, const void* data, std::int64_t first, int count, float* out) {
+  with_dtype(dtype, [&]<DType D>() {
+    for (int i = 0; i < count; i += kVector) store(out + i, load_as<D>(data, first + i));
+  });
 }
 
 // Sum and maximum over lanes, by halves. A NaN in `largest` loses to any number.
 SKVQ_FN float sum(Floats v) {
   for (int distance = kVector / 2; distance > 0; distance /= 2) v += __builtin_shuffle(v, lane_index() ^ distance);
   return v[0];
+}
+// Sums over the lanes of four vectors, for little more than one takes alone.
+SKVQ_FN void sum_four(const Floats (&v)[4], float (&out)[4]) {
+  // Steps of a transposition inside each block of four lanes, with an addition after each.
+  const Ints i = lane_index(), block = i / 4 * 4, half = i % 4 / 2;
+  const Ints low = block + half + i % 2 * kVector, high = low + 2;
+  const Floats ab = __builtin_shuffle(v[0], v[1], low) + __builtin_shuffle(v[0], v[1], high);
+  const Floats cd = __builtin_shuffle(v[2], v[3], low) + __builtin_shuffle(v[2], v[3], high);
+  const Ints first = block + i % 2 + half * kVector, second = first + 2;
+  Floats sums = __builtin_shuffle(ab, cd, first) + __builtin_shuffle(ab, cd, second);
+  for (int distance = kVector / 2; distance >= 4; distance /= 2) sums += __builtin_shuffle(sums, i ^ distance);
+  for (int n = 0; n < 4; ++n) out[n] = sums[n];
+}
+template <int R>
+SKVQ_FN void sum_rows(const Floats (&v)[R], float (&out)[R]) {
+  if constexpr (R == 4) return sum_four(v, out);
+  for (int r = 0; r < R; ++r) out[r] = sum(v[r]);
 }
 SKVQ_FN float largest(Floats v) {
   for (int distance = kVector / 2; distance > 0; distance /= 2) {
@@ -90,33 +126,42 @@ SKVQ_FN float largest(Floats v) {
   return v[0];
 }
 
-// E4M3 numbers; equal to e4m3_to_float.
-SKVQ_FN Floats load_e4m3(const std::uint8_t* p) {
-  const Ints byte = load_bytes(p), magnitude = byte & 0x7f;
-  const Floats subnormal = __builtin_convertvector(magnitude, Floats) * 0x1p-9f;
-  const Floats normal = reinterpret_cast<Floats>((magnitude << 20) + (120 << 23));
-  const Ints bits = reinterpret_cast<Ints>(magnitude < 8 ? subnormal : normal) | (byte & 0x80) << 24;
-  return reinterpret_cast<Floats>(magnitude == 0x7f ? Ints{} + 0x7fc00000 : bits);
+// Sixteen E4M3 numbers, times `unit`; equal to e4m3_to_float.
+SKVQ_FN void load_e4m3(const std::uint8_t* p, float unit, float* out) {
+#if defined(__AVX2__)
+  // An E4M3 number is an fp16 number of the same digits, 256 times too small; fp16 conversion knows subnormals.
+  const __m256i byte = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(byte, _mm256_set1_epi16(0x7f)), 7);
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(byte, _mm256_set1_epi16(0x80)), 8);
+  const __m256i nan =
+      _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80)), _mm256_set1_epi16(0x7e00));
+  const __m256i half = _mm256_or_si256(_mm256_or_si256(magnitude, sign), nan);
+  const __m256 scale = _mm256_set1_ps(unit * 256.0f);
+  _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), scale));
+  _mm256_storeu_ps(out + 8, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), scale));
+#else
+  for (int i = 0; i < 16; ++i) out[i] = e4m3_to_float(p[i]) * unit;
+#endif
 }
 
-// exp(x) for x <= 0 or NaN, relative error about 1e-7. Values under 2^-126 become 0.
+// exp(x) for x <= 0 or NaN, relative error about 1e-7 near 0 and 1e-7 * |x| far from it. Values under 2^-126 become 0.
 SKVQ_FN Floats exp_nonpositive(Floats x) {
   const Floats y = x * 1.44269504088896341f;
-  const Floats rounded = (y + 12582912.0f) - 12582912.0f;
-  // x - rounded * ln 2 in two parts keeps the relative error small for large |x|.
-  const Floats r = (x - rounded * 0.693359375f) + rounded * 2.12194440e-4f;
-  Floats p = splat(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const Ints exponent = __builtin_convertvector(rounded < -126.0f ? splat(-126.0f) : rounded, Ints);
-  const Floats power = reinterpret_cast<Floats>((exponent + 127) << 23);
-  const Floats value = p * power;
-  return rounded < -126.0f ? Floats{} : value;
+  const Floats smallest = splat(-126.0f);
+  const Floats kept = smallest > y ? smallest : y;  // in this order a NaN is kept
+  const Floats shifted = kept + 12582912.0f;        // the nearest integer stands in the low bits
+  const Floats f = kept - (shifted - 12582912.0f);
+  // 2^f on [-1/2, 1/2], minimax of degree 6.
+  Floats p = splat(1.53533620e-04f);
+  p = p * f + 1.33988750e-03f;
+  p = p * f + 9.61843692e-03f;
+  p = p * f + 5.55033237e-02f;
+  p = p * f + 2.40226477e-01f;
+  p = p * f + 6.93147182e-01f;
+  p = p * f + 1.0f;
+  const Ints power = (reinterpret_cast<Ints>(shifted) << 23) + (127 << 23);
+  const Floats value = p * reinterpret_cast<Floats>(power);
+  return y < smallest ? Floats{} : value;
 }
 
 }  // namespace SKVQ_ISA

@@ -3,22 +3,11 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 #include "support/cache.h"
 #include "third_party/doctest.h"
 
 namespace skvq::cpu {
-
-#define SKVQ_DECLARE(isa)         \
-  namespace isa {                 \
-  PackKernels pack_kernels();     \
-  AttendKernels attend_kernels(); \
-  }
-SKVQ_DECLARE(portable)
-#if defined(__x86_64__)
-SKVQ_DECLARE(avx2)
-SKVQ_DECLARE(avx512)
-#endif
-#undef SKVQ_DECLARE
 
 namespace {
 
@@ -28,20 +17,12 @@ using test::Queries;
 using test::Tokens;
 
 Kernels portable_kernels() {
-  return {"portable", portable::pack_kernels(), portable::attend_kernels()};
+  return supported_kernels().back();
 }
 
 std::vector<Kernels> other_kernels() {
-  std::vector<Kernels> sets;
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    sets.push_back({"avx2", avx2::pack_kernels(), avx2::attend_kernels()});
-  }
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
-    sets.push_back({"avx512", avx512::pack_kernels(), avx512::attend_kernels()});
-  }
-#endif
+  std::vector<Kernels> sets = supported_kernels();
+  sets.pop_back();
   return sets;
 }
 
@@ -62,16 +43,12 @@ std::vector<float> attend_with(const AttendKernels& attend, const Queries& queri
   const DecodeArgs& a = queries.args;
   const CacheView& c = a.cache;
   const int rows = static_cast<int>(a.queries.num_tokens) * (a.num_q_heads / c.num_kv_heads);
-  std::vector<float> k(c.head_dim * kTileTokens), v(k), q(c.head_dim * kRowsPerItem), partial(rows * c.head_dim),
-      results;
-  std::vector<double> tile(attend.tile_bytes / sizeof(double) + 1);
-  std::vector<std::int8_t> q8(2 * kRowsPerItem * c.head_dim);
+  std::vector<float> partial(rows * c.head_dim), results;
   std::vector<SoftmaxState> states(rows);
   for (int head = 0; head < c.num_kv_heads; ++head) {
-    Scratch scratch{k.data(), v.data(), q.data(), q8.data(), tile.data()};
     const WorkItem item{
         0, head, 0, rows, true, 0, packed_tiles(c.kv_len[0], c.num_sinks, c.window), partial.data(), states.data()};
-    attend.attend_item(a, item, scratch);
+    attend.attend_item(a, item, scratch_for(c, attend.tile_bytes));
     for (int row = 0; row < rows; ++row) {
       results.push_back(log_sum_exp(states[row]));
       for (int ch = 0; ch < c.head_dim; ++ch)
@@ -158,7 +135,7 @@ TEST_CASE("append writes the same bytes with every instruction set") {
     each_shape([&](const CacheShape& shape) {
       const Tokens tokens(shape, 250, 1);
       Cache expected(shape), found(shape);
-      append_with(portable::pack_kernels(), expected, tokens);
+      append_with(portable_kernels().pack, expected, tokens);
       append_with(set.pack, found, tokens);
       CHECK(expected.pages == found.pages);
       CHECK(expected.ring_k == found.ring_k);
@@ -171,7 +148,7 @@ TEST_CASE("append writes the same bytes with every instruction set") {
 // and another does not, shows in the last bit.
 TEST_CASE("plain rows give the same bits with every instruction set") {
   const std::vector<float> x = test::random_floats(4096 * 64, 4);
-  const RoundTrip expected = round_trip(portable::pack_kernels(), 4096, 32, x);
+  const RoundTrip expected = round_trip(portable_kernels().pack, 4096, 32, x);
   for (const Kernels& set : other_kernels()) {
     CAPTURE(set.isa);
     const RoundTrip found = round_trip(set.pack, 4096, 32, x);
