@@ -42,6 +42,12 @@ PlanOption = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="Plan of this model, from 'skvq calibrate'."),
 ]
+ExactOption = Annotated[
+    bool,
+    typer.Option(
+        "--exact", help="Read packed pages in float32 on a CPU, slower, not by integer products."
+    ),
+]
 DtypeOption = Annotated[str, typer.Option(help="dtype the model runs in.")]
 DeviceOption = Annotated[str, typer.Option(help="torch device the model runs on.")]
 
@@ -87,6 +93,7 @@ def ppl(
         Path | None,
         typer.Option("--json", dir_okay=False, allow_dash=True, help="Write JSON; - is stdout."),
     ] = None,
+    exact: ExactOption = False,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
 ) -> None:
@@ -110,11 +117,12 @@ def ppl(
     made = _plan(plan, loaded, parsed)
     with report.steps() as step:
         full = score_full(loaded.model, ids, skip, step)
-        packed = score_packed(loaded.model, ids, parsed, made, skip, step)
+        packed = score_packed(loaded.model, ids, parsed, made, skip, step, exact=exact)
     above, error = packed.above(full)
     result = {
         "model": loaded.name,
         "scheme": str(parsed),
+        "exact": exact,
         "plan": str(plan) if plan else None,
         "text": str(text),
         "skip": skip,
@@ -143,6 +151,7 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="New tokens, at most.")] = 128,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat form.")] = False,
     full: Annotated[bool, typer.Option(help="Also generate with the usual cache.")] = False,
+    exact: ExactOption = False,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
 ) -> None:
@@ -156,7 +165,8 @@ def generate(
     words = prompt if prompt_file is None else prompt_file.read_text(encoding="utf-8")
     loaded = _load(model, dtype, device)
     ids = loaded.encode_chat(words) if chat else loaded.encode(words)
-    caches = {"packed": packed_cache(loaded.model, parsed, _plan(plan, loaded, parsed))}
+    made = _plan(plan, loaded, parsed)
+    caches = {"packed": packed_cache(loaded.model, parsed, made, exact)}
     if full:
         caches = {"full precision": full_cache(loaded.model)} | caches
     for name, cache in caches.items():

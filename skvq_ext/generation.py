@@ -38,11 +38,11 @@ def full_cache(model: Any) -> Any:
     return DynamicCache(config=model.config)
 
 
-def packed_cache(model: Any, scheme: Scheme, plan: Plan | None = None) -> Any:
-    """An empty packed cache; the model is told to attend through it."""
+def packed_cache(model: Any, scheme: Scheme, plan: Plan | None = None, exact: bool = False) -> Any:
+    """An empty packed cache; the model is told to attend through it. Args: see `SkvqHFCache`."""
     from skvq_ext.hf import SkvqHFCache
 
-    return SkvqHFCache(model, scheme=scheme, plan=plan)
+    return SkvqHFCache(model, scheme=scheme, plan=plan, exact=exact)
 
 
 class _Clock:

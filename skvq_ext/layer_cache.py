@@ -62,17 +62,21 @@ class LayerCache:
         device: torch.device | str = "cpu",
         max_len: int | None = None,
         sliding_window: int = 0,
+        exact: bool = False,
         door: Door | None = None,
     ) -> None:
         """Args: plan of this layer; num_q_heads; dtype of sinks and window, on CUDA float16 or
         bfloat16; max_len, tokens each sequence can hold, None = no limit; sliding_window, tokens a
-        query sees, 0 = all; door, if one was built from this plan already.
+        query sees, 0 = all; exact, on the CPU read packed pages in float32 (see
+        `ops.decode_attention`); door, if one was built from this plan already.
         Raises: ValueError where the device has no kernel for the scheme and dtype."""
         num_kv_heads, head_dim = plan.k.permutation.shape
-        self.scheme, self.max_len, self.sliding_window = scheme, max_len, sliding_window
+        self.scheme, self.exact = scheme, exact
+        self.max_len, self.sliding_window = max_len, sliding_window
         self.format = readable_format(scheme, head_dim, dtype, device)
         self.door = Door(plan, num_q_heads, device) if door is None else door
         self._pool = PagePool(batch_size) if max_len is None else None
+        self._one_each = Ragged(batch_size, batch_size)  # the layout of a decode step
         self._lengths = [0] * batch_size
         self._high = [0] * batch_size  # longest each sequence ever was, as of the last crop
         shape, record_bytes = (num_kv_heads, head_dim), self.format.record_bytes
@@ -100,7 +104,7 @@ class LayerCache:
     @property
     def batch_size(self) -> int:
         """Sequences."""
-        return self.tensors.kv_len.shape[0]
+        return self._one_each.batch_size
 
     @property
     def lengths(self) -> list[int]:
@@ -115,7 +119,7 @@ class LayerCache:
         cu_seqlens[b] : cu_seqlens[b + 1], None = equally many each.
         Raises: ValueError or RuntimeError, and then nothing has changed.
         """
-        tokens = Ragged.of(cu_seqlens, k.shape[0], self.batch_size)
+        tokens = self._layout(cu_seqlens, k.shape[0])
         self._check(k, v)
         self._check_room(tokens)
         k, v = self.door.map_k(k), self.door.map_v(v)
@@ -146,7 +150,7 @@ class LayerCache:
         Returns: out like q; lse f32 [num_q_tokens, num_q_heads], natural logarithm, with the
         learned sink in it. A query that sees nothing gives 0 and -inf.
         """
-        queries = Ragged.of(cu_seqlens_q, q.shape[0], self.batch_size)
+        queries = self._layout(cu_seqlens_q, q.shape[0])
         if self.sliding_window and queries_in_cache:
             self._check_queries(queries)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -162,6 +166,7 @@ class LayerCache:
             sliding_window=self.sliding_window,
             softcap=softcap,
             queries_in_cache=queries_in_cache,
+            exact=self.exact,
         )
         share = None if learned_sinks is None else token_share(lse, learned_sinks)
         return self.door.unmap_o(out, lse, share), lse
@@ -207,6 +212,7 @@ class LayerCache:
         """Makes sequence i what sequence rows[i] was; the batch becomes len(rows) sequences."""
         t, now = self.tensors, self.lengths
         index = torch.tensor(rows, dtype=torch.int64, device=t.kv_len.device)
+        self._one_each = Ragged(len(rows), len(rows))
         self._lengths, self._high = [now[r] for r in rows], [self._high[r] for r in rows]
         names = ["sink_k", "sink_v", "ring_k", "ring_v", "kv_len"]
         taken = {name: getattr(t, name).index_select(0, index) for name in names}
@@ -261,13 +267,18 @@ class LayerCache:
     def _tiles(self, kv_len: int) -> int:
         return packed_tiles(kv_len, self.scheme.sinks, self.scheme.window)
 
+    def _layout(self, given: Tensor | Ragged | None, num_tokens: int) -> Ragged:
+        if given is None and num_tokens == self._one_each.num_tokens:
+            return self._one_each
+        return Ragged.of(given, num_tokens, self.batch_size)
+
     def _append(self, k: Tensor, v: Tensor, tokens: Ragged) -> None:
         """k, v are mapped already and, in a sliding layer, few enough."""
         if self._pool is None:
             self._store(k, v, tokens)
             return
         lengths = [n + new for n, new in zip(self._lengths, tokens.counts, strict=True)]
-        before, after = ([self._tiles(n) for n in x] for x in (self._lengths, lengths))
+        before, after = self._pool.tiles, [self._tiles(n) for n in lengths]
         if after != before:
             changes = self._pool.recycle(self._tiles_out_of_sight()) if self.sliding_window else []
             self._grow(self._pool.needed(after), max(after))
@@ -330,11 +341,12 @@ class LayerCache:
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         rows = self.tensors.ring_k
+        shape = (k.shape[0], *rows.shape[2:])
         for name, x in (("k", k), ("v", v)):
-            if x.dim() != 3 or x.shape[1:] != rows.shape[2:] or x.shape != k.shape:
+            if x.shape != shape:
                 raise ValueError(
                     f"{name} has shape {list(x.shape)}; the cache holds [num_tokens, num_kv_heads, "
-                    f"head_dim] = [{k.shape[0]}, {rows.shape[2]}, {rows.shape[3]}]."
+                    f"head_dim] = {list(shape)}."
                 )
             if x.dtype != rows.dtype or x.device != rows.device:
                 raise ValueError(

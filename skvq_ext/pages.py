@@ -64,6 +64,11 @@ class PagePool:
         """Page of each tile of each sequence, NO_PAGE where it was let go."""
         return self._rows
 
+    @property
+    def tiles(self) -> list[int]:
+        """Tiles of each sequence, those that were let go included."""
+        return [len(row) for row in self._rows]
+
     def needed(self, tiles: Sequence[int]) -> int:
         """Capacity at which every sequence b can hold tiles[b] tiles."""
         new = sum(max(0, n - len(row)) for n, row in zip(tiles, self._rows, strict=True))

@@ -112,9 +112,13 @@ def score_packed(
     skip: int = 0,
     step: Step = no_steps,
     name: str = "packed",
+    exact: bool = False,
 ) -> Score:
-    """Loss with every token older than the window read from packed bytes, as in single steps."""
-    cache = packed_cache(model, scheme, plan)
+    """Loss with every token older than the window read from packed bytes, as in single steps.
+
+    Args: as `score_full`; exact, see `SkvqHFCache`.
+    """
+    cache = packed_cache(model, scheme, plan, exact)
     return _stepped(name, step, model, ids, cache, skip, packed_chunk(scheme.rollback))
 
 

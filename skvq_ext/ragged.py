@@ -26,11 +26,13 @@ class Ragged:
 
     def __post_init__(self) -> None:
         if self.cu_seqlens is None:
-            if self.num_tokens % self.batch_size:
+            each, over = divmod(self.num_tokens, self.batch_size)
+            if over:
                 raise ValueError(
                     f"{self.num_tokens} tokens cannot be shared out equally among "
                     f"{self.batch_size} sequences; give cu_seqlens (int32 [batch + 1])."
                 )
+            self.counts = [each] * self.batch_size
         elif self.cu_seqlens.shape != (self.batch_size + 1,):
             raise ValueError(
                 f"cu_seqlens has shape {list(self.cu_seqlens.shape)}; the cache holds "
@@ -62,8 +64,7 @@ class Ragged:
     @cached_property
     def counts(self) -> list[int]:
         """Rows of each sequence. Reads cu_seqlens from its device the first time."""
-        if self.cu_seqlens is None:
-            return [self.num_tokens // self.batch_size] * self.batch_size
+        assert self.cu_seqlens is not None  # else known from the start
         starts = self.cu_seqlens.tolist()
         counts = [b - a for a, b in pairwise(starts)]
         if starts[0] != 0 or starts[-1] != self.num_tokens or min(counts) < 0:

@@ -79,6 +79,7 @@ class Case:
     ) -> tuple[Tensor, Tensor]:
         self.device.needs_decode(self.fmt, self.dtype)
         options.setdefault("softmax_scale", self.fmt.head_dim**-0.5)
+        options.setdefault("exact", True)
         starts = cu_seqlens(lengths, self.device)
         return ops.decode_attention(
             q, starts, self.cache, self.fmt.args, window=self.window, **options

@@ -55,6 +55,7 @@ def make_layer(
     """One layer; option centre goes to its plan. Skips where the device has no kernel for it."""
     centre = options.pop("centre", 0.3)
     dtype = options.pop("dtype", device.dtype)
+    options.setdefault("exact", True)
     device.needs_decode(Scheme.parse(scheme).record_format(DIM, device.name), dtype)
     plan = make_plan(scheme, centre)
     return LayerCache(

@@ -25,6 +25,7 @@ from layer_oracle import (
 )
 from torch import Tensor
 
+from skvq_ext import build_info
 from skvq_ext.ragged import Ragged
 
 PAGING = pytest.mark.parametrize("max_len", [None, 600], ids=["growing", "max_len"])
@@ -70,11 +71,12 @@ def test_any_cut_into_calls_gives_the_same_bytes(device: Device) -> None:
         assert_same_state(states[0], state)
 
 
-def test_a_batch_equals_single_runs(device: Device) -> None:
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "integer"])
+def test_a_batch_equals_single_runs(exact: bool, device: Device) -> None:
     """Bitwise on the CPU; a GPU's blocks share the work of the whole batch."""
     counts = [300, 5, 131]
-    batch = make_layer(batch_size=3, device=device)
-    singles = [make_layer(device=device) for _ in counts]
+    batch = make_layer(batch_size=3, device=device, exact=exact)
+    singles = [make_layer(device=device, exact=exact) for _ in counts]
     k, v = feed(batch, [Sequence() for _ in counts], counts, seed=0)
     q = rows(3, QUERY_HEADS, seed=3, device=device)
     out, lse = batch.attend(q)
@@ -157,6 +159,17 @@ def test_with_max_len_a_step_is_one_graph(sliding_window: int, device: Device) -
             plain.append(k, k)
             torch.testing.assert_close(graph(k, q), plain.attend(q)[0])
     assert compiled.lengths == [270, 270]
+
+
+def test_a_cache_attends_as_it_was_told(device: Device) -> None:
+    k, q = rows(300, HEADS, device=device), rows(1, QUERY_HEADS, seed=1, device=device)
+    caches = [make_cache(device, **options) for options in ({}, {"exact": False}, {"exact": True})]
+    for cache in caches:
+        cache.append(0, k, k)
+    default, integer, exact = (cache.attend(0, q)[0] for cache in caches)
+    assert torch.equal(default, integer)
+    one_way = device.tensor_cores or build_info()["cpu_isa"] == "portable"
+    assert torch.equal(default, exact) == one_way
 
 
 def test_memory_is_what_is_allocated() -> None:

@@ -121,14 +121,15 @@ def test_ledger_reads_a_model_directory(model_dir: Path) -> None:
 def test_ppl_writes_what_it_measured(model_dir: Path, text: Path, tmp_path: Path) -> None:
     arguments = ("ppl", "--model", model_dir, "--text", text, "--tokens", 200, "--skip", 50)
     lossy = json.loads(run(*arguments, "--scheme", SMALL, "--json", "-"))
-    assert lossy["scored"] == 200 and lossy["scheme"] == SMALL
+    assert lossy["scored"] == 200 and lossy["scheme"] == SMALL and not lossy["exact"]
     assert lossy["ppl_full"] == pytest.approx(math.exp(lossy["nll_full"]))
     assert lossy["nll_packed"] != lossy["nll_full"]
     assert lossy["nll_above"] == pytest.approx(lossy["nll_packed"] - lossy["nll_full"])
     assert 0 < lossy["nll_above_stderr"] < 1
     path = tmp_path / "result.json"
-    shown = run(*arguments, "--scheme", "k8-v8-g32-w16-sink3-fp16", "--json", path)
+    shown = run(*arguments, "--scheme", "k8-v8-g32-w16-sink3-fp16", "--exact", "--json", path)
     fine = json.loads(path.read_text())
+    assert fine["exact"]
     assert fine["nll_full"] == lossy["nll_full"]
     assert fine["nll_packed"] == pytest.approx(fine["nll_full"], abs=5e-3)
     assert "nats per token" in shown
@@ -153,8 +154,8 @@ def test_packed_score_is_that_of_single_steps(model_dir: Path, text: Path, schem
     """Chunks see what single steps see, so that every old token is read from packed bytes."""
     loaded, parsed = load_model(str(model_dir)), Scheme.parse(scheme)
     ids = loaded.encode(text.read_text())[:, :300]
-    chunks = score_packed(loaded.model, ids, parsed)
-    steps = score(loaded.model, ids, packed_cache(loaded.model, parsed), chunk=1)
+    chunks = score_packed(loaded.model, ids, parsed, exact=True)
+    steps = score(loaded.model, ids, packed_cache(loaded.model, parsed, exact=True), chunk=1)
     torch.testing.assert_close(chunks.losses, steps.losses, atol=2e-4, rtol=1e-4)
     full = score(loaded.model, ids, full_cache(loaded.model))
     assert (full.losses - steps.losses).abs().max() > 0.05, "something was packed"
@@ -181,6 +182,7 @@ def test_generate(model_dir: Path) -> None:
     arguments = ("generate", "--model", model_dir, "--prompt", "Some words to go on with. " * 4)
     shown = run(*arguments, "--tokens", 8, "--scheme", "k8-v8-g32-w8-sink1-fp16", "--full")
     assert "packed: 8 tokens" in shown and "full precision: 8 tokens" in shown
+    assert "packed: 8 tokens" in run(*arguments, "--tokens", 8, "--exact")
 
 
 @pytest.mark.parametrize(

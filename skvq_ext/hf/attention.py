@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from skvq_ext.hf import exact
-from skvq_ext.hf.forward import CacheLength
+from skvq_ext.hf.forward import CacheLength, rows_of
 
 if TYPE_CHECKING:
     from skvq_ext.hf.cache import SkvqHFLayer
@@ -124,9 +124,9 @@ def _packed(
     """Attention through a packed layer, with padding dropped on the way in."""
     batch_size, columns = query.shape[0], query.shape[2]
     if attention_mask is None:
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        q, k, v = rows_of(query), rows_of(key), rows_of(value)
         out = layer.attend(q, k, v, None, columns, how)
-        return out.reshape(batch_size, columns, *out.shape[1:])
+        return out.view(batch_size, columns, *out.shape[1:])
     padding = layer.state.padding
     if padding is None or attention_mask.shape != (batch_size, columns):
         raise ValueError(

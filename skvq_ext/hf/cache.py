@@ -33,6 +33,7 @@ class _Recipe:
     scheme: Scheme
     geometry: Geometry
     plan: Plan
+    exact: bool
     doors: dict[tuple[int, torch.device], Door]
 
     def door(self, plan: LayerPlan, device: torch.device) -> Door:
@@ -77,6 +78,7 @@ class SkvqHFLayer(CacheLayerMixin):
             dtype=key_states.dtype,
             device=device,
             sliding_window=self.sliding_window,
+            exact=recipe.exact,
             door=recipe.door(plan, device),
         )
         self.is_initialized = True
@@ -89,6 +91,8 @@ class SkvqHFLayer(CacheLayerMixin):
         Args: key_states, value_states [batch, num_kv_heads, columns, head_dim].
         Raises: ValueError or RuntimeError where they cannot be cached, or would be lost.
         """
+        if self.index == 0:  # comes first in every forward, and all layers share one configuration
+            self._check_implementation()
         self._check_use(key_states)
         self._check_shape(key_states, value_states)
         if self.cache is None:
@@ -112,7 +116,7 @@ class SkvqHFLayer(CacheLayerMixin):
         Returns: like q.
         """
         assert self.cache is not None
-        cache, tokens = self.cache, Ragged.of(tokens, q.shape[0], self.cache.batch_size)
+        cache = self.cache
         self._handed_on = False
         if self.seen and columns <= cache.scheme.rollback + 1:
             cache.append(k, v, tokens)
@@ -124,6 +128,7 @@ class SkvqHFLayer(CacheLayerMixin):
                 learned_sinks=how.learned_sinks,
             )
         else:
+            tokens = Ragged.of(tokens, q.shape[0], cache.batch_size)
             q_parts, k_parts, v_parts = (torch.split(x, tokens.counts) for x in (q, k, v))
             sequences = list(zip(q_parts, k_parts, v_parts, strict=True))
             if self.seen:
@@ -205,7 +210,11 @@ class SkvqHFLayer(CacheLayerMixin):
         tokens: Ragged,
         how: exact.Softmax,
     ) -> Tensor:
-        """A long chunk: exact among its own tokens, packed for what came before, merged by lse."""
+        """A long chunk: exact among its own tokens, packed for what came before, merged by lse.
+
+        Beyond q, k, v and the output it takes at most four tensors like q, one of them in fp32, and
+        what `exact.causal` takes: nothing that grows with the history or the square of the chunk.
+        """
         assert self.cache is not None
         before = self.cache.attend(
             q, tokens, softmax_scale=how.scale, softcap=how.softcap, queries_in_cache=False
@@ -214,13 +223,15 @@ class SkvqHFLayer(CacheLayerMixin):
         out, lse = (torch.cat(parts) for parts in zip(*own, strict=True))
         return how.leave_room(*ops.merge_states(*before, out, lse))
 
-    def _check_use(self, keys: Tensor) -> None:
+    def _check_implementation(self) -> None:
         implementation = self._recipe.config._attn_implementation
         if implementation != NAME:
             raise RuntimeError(
                 f"the model attends with {implementation!r}, which cannot read a packed cache. "
                 "Call skvq_ext.hf.enable(model) first (SkvqHFCache(model) does it for you)."
             )
+
+    def _check_use(self, keys: Tensor) -> None:
         if self._handed_on:
             raise RuntimeError(
                 f"layer {self.index}: the keys of the last forward never reached the attention "
@@ -238,7 +249,7 @@ class SkvqHFLayer(CacheLayerMixin):
         geometry, batch_size = self._recipe.geometry, keys.shape[0]
         expected = (batch_size, geometry.num_kv_heads, keys.shape[2], geometry.head_dim)
         for name, x in (("keys", keys), ("values", values)):
-            if tuple(x.shape) != expected:
+            if x.shape != expected:
                 raise ValueError(
                     f"layer {self.index}: {name} of shape {list(x.shape)}, expected "
                     f"{list(expected)} [batch, num_kv_heads, columns, head_dim] from the "
@@ -256,7 +267,8 @@ class SkvqHFCache(Cache):
 
     Prefill attends in full precision; later tokens read the packed bytes. Up to rollback + 1 tokens
     per forward (see the scheme) give what single steps would give; longer chunks see each other in
-    full precision. Padding is dropped, so a padded batch holds what single runs hold.
+    full precision, in memory that grows with their length and nothing else. Padding is dropped, so
+    a padded batch holds what single runs hold.
     """
 
     def __init__(
@@ -264,10 +276,12 @@ class SkvqHFCache(Cache):
         model_or_config: PreTrainedModel | Any,
         scheme: str | Scheme = DEFAULT_SCHEME,
         plan: Plan | None = None,
+        exact: bool = False,
     ) -> None:
         """Args: a model, whose attention implementation becomes "skvq", or its configuration;
-        scheme; plan from calibration, None = Hadamard and a fixed clip. Batch size, dtype and
-        device are taken from the first forward.
+        scheme; plan from calibration, None = Hadamard and a fixed clip; exact, on the CPU read
+        packed pages in float32, several times slower than by integer products (see
+        `ops.decode_attention`). Batch size, dtype and device are taken from the first forward.
         Raises: ValueError for attention that cannot be packed, or a plan that does not fit."""
         config: Any = model_or_config
         if isinstance(model_or_config, PreTrainedModel):
@@ -281,7 +295,7 @@ class SkvqHFCache(Cache):
         self.scheme, self.plan = resolve(scheme, plan, geometry)
         self.state = ForwardState()
         text = config.get_text_config(decoder=True)
-        recipe = _Recipe(text, self.scheme, geometry, self.plan, {})
+        recipe = _Recipe(text, self.scheme, geometry, self.plan, exact, {})
         indices = range(geometry.num_layers)
         self._packed = [SkvqHFLayer(i, recipe, self.state) for i in indices]
         super().__init__(layers=list(self._packed))

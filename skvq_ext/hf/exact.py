@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_BLOCK_LOGITS = 1 << 24  # logits of one block of queries, which bounds the memory (64 MB)
+_BLOCK_LOGITS = 1 << 21  # logits of one block of queries: 8 MB, which caches of CPUs hold
 
 
-@dataclass(frozen=True)
-class Softmax:
+class Softmax(NamedTuple):
     """What a model asks of its softmax.
 
     scale: factor of q . k. softcap: c of c * tanh(logit / c), 0 = none. learned_sinks: f32
@@ -59,28 +58,44 @@ def causal(q: Tensor, k: Tensor, v: Tensor, how: Softmax) -> tuple[Tensor, Tenso
     """Causal attention of one sequence over itself, with the log of its normaliser.
 
     Computes in fp32, a block of queries at a time and only where the window reaches; learned sinks
-    are left to the caller. Args: as `prefill`.
-    Returns: out like q; lse f32 [n, num_q_heads], natural logarithm.
+    are left to the caller. Beyond its arguments and results it takes k and v in fp32, where they
+    are not, and a few times the logits of a block: 8 MB, or those of one query where they are more.
+
+    Args: as `prefill`. Returns: out like q; lse f32 [n, num_q_heads], natural logarithm.
     """
-    (n, num_q_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
+    n, num_q_heads, _ = q.shape
     keys, values = k.float().permute(1, 2, 0), v.float().transpose(0, 1)  # [H, D, n], [H, n, D]
     out, lse = torch.empty_like(q), q.new_empty(n, num_q_heads, dtype=torch.float32)
     reach = min(n, how.sliding_window or n)
     size = max(1, min(n, max(64, reach), _BLOCK_LOGITS // (num_q_heads * max(1, reach))))
     for first in range(0, n, size):
         last, begin = min(n, first + size), max(0, first - reach + 1)
-        queries = q[first:last].float().reshape(last - first, num_kv_heads, -1, head_dim)
-        logits = torch.einsum("mhgd,hdn->hgmn", queries, keys[:, :, begin:last]) * how.scale
-        positions = torch.arange(begin, last, device=q.device)
-        distance = positions[first - begin :, None] - positions
-        hidden = (distance < 0) | (distance >= reach)
-        logits = how.cap(logits).masked_fill(hidden, -torch.inf)
-        norm = logits.logsumexp(-1)
-        weights = (logits - norm[..., None]).exp()
-        block = torch.einsum("hgmn,hnd->mhgd", weights, values[:, begin:last])
-        out[first:last] = block.flatten(1, 2).to(q.dtype)
-        lse[first:last] = norm.permute(2, 0, 1).flatten(1)
+        offset = (
+            first - begin
+        )  # key c of the block lies at begin + c, query r at begin + offset + r
+        seen = torch.ones(last - first, last - begin, dtype=torch.bool, device=q.device)
+        seen = seen.tril_(offset).triu_(offset - reach + 1)
+        out[first:last], lse[first:last] = _over_block(
+            q[first:last], keys[:, :, begin:last], values[:, begin:last], seen, how
+        )
     return out, lse
+
+
+def _over_block(
+    q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, how: Softmax
+) -> tuple[Tensor, Tensor]:
+    """Attention of q [m, num_q_heads, head_dim] over keys [num_kv_heads, head_dim, n] and values
+    [num_kv_heads, n, head_dim] where seen [m, n] says so. Returns: as `causal`, in fp32."""
+    rows = (-1, q.shape[0])  # of one KV head: its query heads, queries
+    queries = (q.float() * how.scale).unflatten(1, (keys.shape[0], -1))
+    queries = queries.permute(1, 2, 0, 3).flatten(1, 2)
+    logits = how.cap(torch.bmm(queries, keys)).unflatten(1, rows)
+    top = logits.masked_fill_(~seen, -torch.inf).amax(-1, keepdim=True)
+    weights = logits.sub_(top).exp_()  # in place: memory that is warm, and no more of it
+    total = weights.sum(-1, keepdim=True)
+    out = torch.bmm(weights.flatten(1, 2), values).unflatten(1, rows).div_(total)
+    lse = total.log_().add_(top)[..., 0]
+    return out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1)
 
 
 def masked(
