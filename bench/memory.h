@@ -33,7 +33,7 @@ inline double read_bandwidth(int repetitions) {
   const std::vector<std::uint64_t> buffer(chunks * kChunk, 1);
   std::atomic<std::uint64_t> total{0};
   const auto read = [&](int) {
-    cpu::for_each(kPool, static_cast<std::int64_t>(chunks), [&](std::int64_t chunk) {
+    cpu::for_each(kPool, static_cast<std::int64_t>(chunks), cpu::kShortWork, [&](std::int64_t chunk) {
       std::uint64_t sum[8] = {};
       const std::uint64_t* words = buffer.data() + chunk * kChunk;
       for (std::size_t i = 0; i < kChunk; i += 8) {

@@ -93,7 +93,7 @@ Attention attend(const DecodeArgs& args, Round round) {
   const int d = c.head_dim, ratio = args.num_q_heads / c.num_kv_heads;
   const std::int64_t rows = args.queries.num_tokens * args.num_q_heads;
   Attention result{std::vector<double>(rows * d), std::vector<double>(rows)};
-  cpu::for_each(kPool, static_cast<std::int64_t>(c.batch) * c.num_kv_heads, [&](std::int64_t item) {
+  cpu::for_each(kPool, static_cast<std::int64_t>(c.batch) * c.num_kv_heads, cpu::kShortWork, [&](std::int64_t item) {
     const int b = static_cast<int>(item / c.num_kv_heads), head = static_cast<int>(item % c.num_kv_heads);
     const int length = args.queries.length(b), kv_len = c.kv_len[b];
     for (int i = 0; i < length; ++i) {

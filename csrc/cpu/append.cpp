@@ -19,12 +19,14 @@ void append(const AppendArgs& a, const Parallel& parallel) {
     for (int tile = packed_tiles(old_len, c.num_sinks, c.window); tile < end; ++tile) flushes.push_back({b, tile});
   }
   const auto heads = c.num_kv_heads;
-  for_each(parallel, static_cast<std::int64_t>(flushes.size()) * heads, [&](std::int64_t i) {
+  const std::int64_t flush_ns = 2 * kTileTokens * c.head_dim;
+  for_each(parallel, static_cast<std::int64_t>(flushes.size()) * heads, flush_ns, [&](std::int64_t i) {
     const Flush& flush = flushes[i / heads];
     pack.flush_tile(a, flush.sequence, static_cast<int>(i % heads), flush.tile);
   });
   // Only now may the ring be overwritten.
-  for_each(parallel, static_cast<std::int64_t>(c.batch) * heads,
+  const std::int64_t copy_ns = 50 + a.tokens.num_tokens / c.batch * c.head_dim / 4;
+  for_each(parallel, static_cast<std::int64_t>(c.batch) * heads, copy_ns,
            [&](std::int64_t i) { pack.store_rows(a, static_cast<int>(i / heads), static_cast<int>(i % heads)); });
   for (int b = 0; b < c.batch; ++b) c.kv_len[b] += a.tokens.length(b);
 }

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <vector>
 
 #include "core/window.h"
@@ -18,8 +19,9 @@ void plan_sequence(const DecodeArgs& a, int sequence, std::vector<WorkItem>& ite
   const CacheView& c = a.cache;
   const int rows = a.queries.length(sequence) * (a.num_q_heads / c.num_kv_heads);
   const int tiles = packed_tiles(c.kv_len[sequence], c.num_sinks, c.window);
-  // Splitting over tiles feeds threads when there are few rows; many rows feed them by themselves.
-  const int tiles_per_item = rows <= kRowsPerItem ? kTilesPerItem : max_int(1, tiles);
+  const int blocks_of_rows = (rows + kRowsPerItem - 1) / kRowsPerItem;
+  const int wanted = max_int(1, kItemsPerSequence / max_int(1, c.num_kv_heads * blocks_of_rows));
+  const int tiles_per_item = max_int(kFewestTiles, (tiles + wanted - 1) / wanted);
   const int parts = max_int(1, (tiles + tiles_per_item - 1) / tiles_per_item);
   for (int head = 0; head < c.num_kv_heads; ++head) {
     for (int row = 0; row < rows; row += kRowsPerItem) {
@@ -31,6 +33,12 @@ void plan_sequence(const DecodeArgs& a, int sequence, std::vector<WorkItem>& ite
       }
     }
   }
+}
+
+// Four rows pass over a tile of 64 tokens at a time.
+std::int64_t item_ns(const WorkItem& item, int head_dim) {
+  const int tiles = item.tile_end - item.tile_begin + (item.full_precision ? 4 : 0);
+  return static_cast<std::int64_t>((item.rows + 3) / 4) * tiles * head_dim * 8;
 }
 
 void combine(const DecodeArgs& a, const WorkItem* items, std::size_t count) {
@@ -75,16 +83,22 @@ void decode_attention(const DecodeArgs& a, const Parallel& parallel) {
   }
 
   const AttendKernels& attend = kernels().attend;
-  for_each(parallel, static_cast<std::int64_t>(items.size()), [&](std::int64_t i) {
+  std::int64_t ns = 0;
+  for (const WorkItem& item : items) ns += item_ns(item, c.head_dim);
+  const std::int64_t count = static_cast<std::int64_t>(items.size());
+  for_each(parallel, count, ns / std::max<std::int64_t>(1, count), [&](std::int64_t i) {
     Scratch scratch = scratch_for(c, attend.tile_bytes);
     attend.attend_item(a, items[i], scratch);
   });
-  for_each(parallel, static_cast<std::int64_t>(blocks.size()),
+  const std::int64_t block_count = static_cast<std::int64_t>(blocks.size());
+  const std::int64_t merge_ns =
+      static_cast<std::int64_t>(rows) * c.head_dim / 4 / std::max<std::int64_t>(1, block_count);
+  for_each(parallel, block_count, merge_ns,
            [&](std::int64_t i) { combine(a, &items[blocks[i].first], blocks[i].count); });
 }
 
 void merge_states(const MergeArgs& a, const Parallel& parallel) {
-  for_each(parallel, a.rows, [&](std::int64_t row) {
+  for_each(parallel, a.rows, a.head_dim, [&](std::int64_t row) {
     const MergeWeights w = merge({a.lse_a[row], a.lse_a[row] == minus_infinity() ? 0.0f : 1.0f},
                                  {a.lse_b[row], a.lse_b[row] == minus_infinity() ? 0.0f : 1.0f});
     const float norm = normalizer(w.merged);

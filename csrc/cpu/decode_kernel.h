@@ -153,7 +153,7 @@ inline void load_queries(const DecodeArgs& a, const WorkItem& w, const SideLayou
 #if SKVQ_HAS_SIMD
     quantize_query(c.format.k, keys, q, r, block.q8);
 #endif
-    for (int ch = 0; ch < c.head_dim; ++ch) block.o[r * c.head_dim + ch] = 0.0f;
+    for (int ch = 0; ch < c.head_dim; ch += kVector) store(block.o + r * c.head_dim + ch, Floats{});
     for (int g = 0; g < kMaxGroups; ++g) block.zeros[r * kMaxGroups + g] = 0.0f;
     block.state[r] = empty_state();
     block.seen[r] = visible(first_position + query, kv_len, a.sliding_window);
@@ -180,7 +180,7 @@ inline void attend_item(const DecodeArgs& a, const WorkItem& w, const Scratch& s
     for (int g = 0; g < tile.layout[1].num_groups; ++g) {
       const Group& group = tile.layout[1].groups[g];
       float* o = w.partial + r * a.cache.head_dim;
-      for (int c = group.begin; c < group.end; ++c) o[c] += zeros[r * kMaxGroups + g];
+      for (int c = group.begin; c < group.end; c += kVector) store(o + c, load(o + c) + zeros[r * kMaxGroups + g]);
     }
   }
 }

@@ -7,7 +7,10 @@
 namespace skvq::cpu {
 
 inline constexpr int kRowsPerItem = 64;
-inline constexpr int kTilesPerItem = 32;
+// A sequence is cut into about this many items, so that it feeds all threads of a large machine, but none is so short
+// that what every item costs would show. Both depend on shapes only.
+inline constexpr int kItemsPerSequence = 128;
+inline constexpr int kFewestTiles = 8;
 
 // Rows [first_row, first_row + rows) of one sequence and KV head against tiles [tile_begin, tile_end) and, in the
 // first item of a row block, sinks and window.

@@ -17,10 +17,16 @@ inline void run_serial(std::int64_t count, void* closure, Parallel::Body body) {
 }
 inline constexpr Parallel kSerial{run_serial};
 
+// Waking threads takes longer than this many nanoseconds of work.
+inline constexpr std::int64_t kShortWork = 20000;
+
+// `nanoseconds`: what one call of f takes, roughly.
 template <class F>
-void for_each(const Parallel& parallel, std::int64_t count, F&& f) {
-  parallel.run(count, &f,
-               [](void* closure, std::int64_t i) { (*static_cast<std::remove_reference_t<F>*>(closure))(i); });
+void for_each(const Parallel& parallel, std::int64_t count, std::int64_t nanoseconds, F&& f) {
+  const bool alone = count <= 1 || count * nanoseconds < kShortWork;
+  (alone ? kSerial : parallel).run(count, &f, [](void* closure, std::int64_t i) {
+    (*static_cast<std::remove_reference_t<F>*>(closure))(i);
+  });
 }
 
 }  // namespace skvq::cpu

@@ -66,8 +66,9 @@ inline SideLayout layout_of(const CacheView& c, Side side, int head) {
 // Sum of q over the channels of each group.
 inline void sum_groups(const SideLayout& layout, const float* q, float* sums) {
   for (int g = 0; g < layout.num_groups; ++g) {
-    sums[g] = 0.0f;
-    for (int c = layout.groups[g].begin; c < layout.groups[g].end; ++c) sums[g] += q[c];
+    Floats lanes = {};
+    for (int c = layout.groups[g].begin; c < layout.groups[g].end; c += kVector) lanes += load(q + c);
+    sums[g] = sum(lanes);
   }
 }
 

@@ -1,4 +1,4 @@
-// The kernels of every instruction set that this CPU runs, against the portable ones.
+// The kernels of every instruction set that this CPU runs or emulates, against the portable ones.
 #include <cmath>
 #include <vector>
 
@@ -8,6 +8,13 @@
 #include "third_party/doctest.h"
 
 namespace skvq::cpu {
+
+#if defined(__x86_64__)
+namespace emulated_avx512 {  // tests/cpp/emulation/avx512.h
+PackKernels pack_kernels();
+AttendKernels attend_kernels();
+}  // namespace emulated_avx512
+#endif
 
 namespace {
 
@@ -23,6 +30,11 @@ Kernels portable_kernels() {
 std::vector<Kernels> other_kernels() {
   std::vector<Kernels> sets = supported_kernels();
   sets.pop_back();
+#if defined(__x86_64__)
+  if (!sets.empty()) {  // the emulation needs AVX2
+    sets.push_back({"emulated_avx512", emulated_avx512::pack_kernels(), emulated_avx512::attend_kernels()});
+  }
+#endif
   return sets;
 }
 
