@@ -19,10 +19,16 @@ struct Result {
   std::int64_t bytes;  // that a call must read and write
   std::size_t working_set, copies;
   double bandwidth;  // of reading, in bytes per second, on the same threads
+  double frequency;  // of a core, in cycles per second
 
   // From the fastest call, like the bandwidth it is compared with: on a shared machine the median measures the others.
   double rate() const { return static_cast<double>(bytes) / time.min_s; }
   double percent() const { return 100.0 * rate() / bandwidth; }
+  // Cycles of all threads for a token of one KV head: of the context for decode, of the call for append.
+  double cycles() const {
+    const double tokens = c.op == "append" ? c.append_tokens : c.context;
+    return time.min_s * frequency * threads / (tokens * c.heads);
+  }
 };
 
 Timing measure_append(const Case& c, const Options& o, Subjects& subjects) {
@@ -51,7 +57,7 @@ Timing measure_decode(const Case& c, const Options& o, Subjects& subjects) {
       [&](int) { cpu::decode_attention(args, kPool); });
 }
 
-Result run(const Case& c, const Options& o, int threads, double bandwidth) {
+Result run(const Case& c, const Options& o, int threads, double bandwidth, double frequency) {
   const std::size_t working_set =
       o.working_set_mib > 0 ? std::size_t(o.working_set_mib) << 20 : 2 * last_level_cache_bytes();
   Subjects subjects(c, working_set);
@@ -62,7 +68,8 @@ Result run(const Case& c, const Options& o, int threads, double bandwidth) {
           append ? append_bytes(c, c.context, c.append_tokens) : decode_bytes(c),
           subjects.bytes(),
           subjects.size(),
-          bandwidth};
+          bandwidth,
+          frequency};
 }
 
 void check(const Options& o) {
@@ -93,10 +100,10 @@ std::vector<Case> cases(const Options& o) {
 
 void print(const Result& r) {
   const Case& c = r.c;
-  std::printf("%-6s  k%-8s v%-8s %5d %4d %5d %5d %8d %3d %5.0f x%-3zu %8.2f %10.1f %10.1f %7.2f %6.1f\n", c.op.c_str(),
-              c.scheme.k.c_str(), c.scheme.v.c_str(), c.group, c.head_dim, c.heads, c.ratio, c.context, r.threads,
-              static_cast<double>(r.working_set) / (1 << 20), r.copies, static_cast<double>(r.bytes) / 1e6,
-              r.time.min_s * 1e6, r.time.median_s * 1e6, r.rate() / 1e9, r.percent());
+  std::printf("%-6s  k%-8s v%-8s %5d %4d %5d %5d %8d %3d %5.0f x%-3zu %8.2f %10.1f %10.1f %7.2f %6.1f %10.1f\n",
+              c.op.c_str(), c.scheme.k.c_str(), c.scheme.v.c_str(), c.group, c.head_dim, c.heads, c.ratio, c.context,
+              r.threads, static_cast<double>(r.working_set) / (1 << 20), r.copies, static_cast<double>(r.bytes) / 1e6,
+              r.time.min_s * 1e6, r.time.median_s * 1e6, r.rate() / 1e9, r.percent(), r.cycles());
   std::fflush(stdout);
 }
 
@@ -120,7 +127,8 @@ Json to_json(const Result& r) {
       .add("median_s", r.time.median_s)
       .add("bytes_per_s", r.rate())
       .add("read_bandwidth_bytes_per_s", r.bandwidth)
-      .add("percent_of_read_bandwidth", r.percent());
+      .add("percent_of_read_bandwidth", r.percent())
+      .add("cycles_per_token_and_head", r.cycles());
 }
 
 void write_json(const Options& o, const std::vector<Result>& results) {
@@ -128,6 +136,7 @@ void write_json(const Options& o, const std::vector<Result>& results) {
   for (const Result& r : results) rows.push_back(to_json(r));
   write_json(o.json, Json()
                          .add("isa", cpu::kernels().isa)
+                         .add("core_frequency", results.empty() ? 0.0 : results[0].frequency)
                          .add("last_level_cache_bytes", last_level_cache_bytes())
                          .add("dtype", o.dtype)
                          .add("meta", o.meta)
@@ -145,16 +154,19 @@ void run_all(const Options& o) {
   std::printf("instruction set %s, last-level cache %.0f MiB, %s rows, %s scales, arrangement %s, %d repetitions\n",
               cpu::kernels().isa, static_cast<double>(last_level_cache_bytes()) / (1 << 20), o.dtype.c_str(),
               o.meta.c_str(), o.arrangement.c_str(), o.repetitions);
+  const double frequency = core_frequency();
+  std::printf("a core runs at %.2f GHz\n", frequency / 1e9);
   std::vector<Result> results;
   for (const int threads : o.threads) {
     const std::vector<Case> planned = cases(o);
     ThreadPool::instance().resize(threads);
     const double bandwidth = read_bandwidth(o.repetitions);
     std::printf("\nread bandwidth on %d thread%s: %.2f GB/s\n", threads, threads == 1 ? "" : "s", bandwidth / 1e9);
-    std::printf("%-6s  %-9s %-9s %5s %4s %5s %5s %8s %3s %10s %8s %10s %10s %7s %6s\n", "op", "K", "V", "group", "dim",
-                "heads", "ratio", "context", "thr", "MiB set", "MB moved", "min us", "median us", "GB/s", "% read");
+    std::printf("%-6s  %-9s %-9s %5s %4s %5s %5s %8s %3s %10s %8s %10s %10s %7s %6s %10s\n", "op", "K", "V", "group",
+                "dim", "heads", "ratio", "context", "thr", "MiB set", "MB moved", "min us", "median us", "GB/s",
+                "% read", "cyc/tok/hd");
     for (const Case& c : planned) {
-      results.push_back(run(c, o, threads, bandwidth));
+      results.push_back(run(c, o, threads, bandwidth, frequency));
       print(results.back());
     }
   }

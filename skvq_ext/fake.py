@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,14 +28,29 @@ def _permute_channels(x: Tensor, permutation: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("skvq::enter_heads")
-def _enter_heads(x: Tensor, *tables: Tensor | None, num_kv_heads: int) -> Tensor:
-    _same_device(x, *tables)
+def _enter_heads(
+    x: Tensor,
+    permutation: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    matrix: Tensor | None,
+    num_kv_heads: int,
+) -> Tensor:
+    _same_device(x, permutation, shift, scale, matrix)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("skvq::leave_heads")
-def _leave_heads(o: Tensor, *tables: Tensor | None, num_kv_heads: int) -> Tensor:
-    _same_device(o, *tables)
+def _leave_heads(
+    o: Tensor,
+    permutation: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    matrix: Tensor | None,
+    share: Tensor | None,
+    num_kv_heads: int,
+) -> Tensor:
+    _same_device(o, permutation, shift, scale, matrix, share)
     return o.new_empty(o.shape)
 
 
@@ -71,10 +88,8 @@ def _dequantize_unpack(
 
 
 @torch.library.register_fake("skvq::append")
-def _append(
-    k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *cache: Tensor, **_format: object
-) -> None:
-    _same_device(k, v, cu_seqlens, *cache)
+def _append(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *cache_and_format: Any) -> None:
+    _same_device(k, v, cu_seqlens, *cache_and_format[: len(ops.CacheTensors._fields)])
 
 
 @torch.library.register_fake("skvq::decode_attention")

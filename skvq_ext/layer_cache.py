@@ -341,17 +341,17 @@ class LayerCache:
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         rows = self.tensors.ring_k
-        shape = (k.shape[0], *rows.shape[2:])
+        shape, dtype, device = (k.shape[0], *rows.shape[2:]), rows.dtype, rows.device
         for name, x in (("k", k), ("v", v)):
             if x.shape != shape:
                 raise ValueError(
                     f"{name} has shape {list(x.shape)}; the cache holds [num_tokens, num_kv_heads, "
                     f"head_dim] = {list(shape)}."
                 )
-            if x.dtype != rows.dtype or x.device != rows.device:
+            if x.dtype != dtype or x.device != device:
                 raise ValueError(
-                    f"{name} is {x.dtype} on {x.device}; this cache was made for {rows.dtype} on "
-                    f"{rows.device}. Convert {name}, or make the cache with its dtype and device."
+                    f"{name} is {x.dtype} on {x.device}; this cache was made for {dtype} on "
+                    f"{device}. Convert {name}, or make the cache with its dtype and device."
                 )
 
     def _check_room(self, tokens: Ragged) -> None:

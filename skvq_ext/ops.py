@@ -82,7 +82,7 @@ def append(
     Raises:
         ValueError: a tensor does not fit, or a tile that is complete has no page; nothing is written then.
     """
-    _ops.append(k, v, cu_seqlens, *cache, **fmt._asdict(), window=window)
+    _ops.append(k, v, cu_seqlens, *cache, *fmt, window)
 
 
 def decode_attention(
@@ -131,11 +131,18 @@ def decode_attention(
         ValueError: a tensor or number does not fit, or on CUDA no kernel was built for the format. As in
             `append`, contents are checked on the CPU only; on CUDA a page that is not there makes NaN.
     """
-    tensors = *cache[:7], cache.exponents, learned_sinks, logit_shift, workspace
-    numbers = {"window": window, "softmax_scale": softmax_scale}
-    options = {"sliding_window": sliding_window, "softcap": softcap}
-    modes = {"queries_in_cache": queries_in_cache, "exact": exact, **fmt._asdict()}
-    out, lse = _ops.decode_attention(q, cu_seqlens_q, *tensors, **numbers, **options, **modes)
+    tensors = q, cu_seqlens_q, *cache[:7], cache.exponents, learned_sinks, logit_shift, workspace
+    options = {"window": window, "softmax_scale": softmax_scale, "sliding_window": sliding_window}
+    options |= {"softcap": softcap, "queries_in_cache": queries_in_cache, "exact": exact}
+    out, lse = _ops.decode_attention(
+        *tensors,
+        k_format=fmt.k_format,
+        v_format=fmt.v_format,
+        group=fmt.group,
+        meta=fmt.meta,
+        arrangement=fmt.arrangement,
+        **options,
+    )
     return out, lse
 
 
@@ -263,9 +270,7 @@ def enter_heads(
     Returns:
         like x, contiguous.
     """
-    result: Tensor = _ops.enter_heads(
-        x, permutation, shift, scale, matrix, num_kv_heads=num_kv_heads
-    )
+    result: Tensor = _ops.enter_heads(x, permutation, shift, scale, matrix, num_kv_heads)
     return result
 
 
@@ -289,9 +294,7 @@ def leave_heads(
     Returns:
         like o, contiguous.
     """
-    result: Tensor = _ops.leave_heads(
-        o, permutation, shift, scale, matrix, share, num_kv_heads=num_kv_heads
-    )
+    result: Tensor = _ops.leave_heads(o, permutation, shift, scale, matrix, share, num_kv_heads)
     return result
 
 

@@ -67,7 +67,7 @@ class PagePool:
     @property
     def tiles(self) -> list[int]:
         """Tiles of each sequence, those that were let go included."""
-        return [len(row) for row in self._rows]
+        return list(map(len, self._rows))
 
     def needed(self, tiles: Sequence[int]) -> int:
         """Capacity at which every sequence b can hold tiles[b] tiles."""

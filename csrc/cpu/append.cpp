@@ -19,7 +19,7 @@ void append(const AppendArgs& a, const Parallel& parallel) {
     for (int tile = packed_tiles(old_len, c.num_sinks, c.window); tile < end; ++tile) flushes.push_back({b, tile});
   }
   const auto heads = c.num_kv_heads;
-  const std::int64_t flush_ns = 2 * kTileTokens * c.head_dim;
+  const std::int64_t flush_ns = kTileTokens * c.head_dim;
   for_each(parallel, static_cast<std::int64_t>(flushes.size()) * heads, flush_ns, [&](std::int64_t i) {
     const Flush& flush = flushes[i / heads];
     pack.flush_tile(a, flush.sequence, static_cast<int>(i % heads), flush.tile);

@@ -8,108 +8,169 @@
 namespace skvq::cpu {
 inline namespace SKVQ_ISA {
 
-// One side of one tile of one head, channels outermost so that 64 tokens are quantized side by side.
-struct TileRows {
-  float x[kMaxHeadDim * kTileTokens];             // [channel][token]
-  std::uint8_t codes[kMaxHeadDim * kTileTokens];  // [channel][token]
-};
-
-template <DType D>
-void load_channels(const void* row, int token, int head_dim, float* x) {
-  for (int c = 0; c < head_dim; ++c) x[c * kTileTokens + token] = load_float(D, row, c);
-}
-
 inline const void* offset(const void* data, std::int64_t index, DType dtype) {
   return static_cast<const char*>(data) + index * dtype_bytes(dtype);
 }
 
-// The row of a token that is either in the ring already or in this call's input.
-inline const void* source_row(const AppendArgs& a, Side side, int sequence, int head, int position, int old_len) {
-  const CacheView& c = a.cache;
-  if (position < old_len)
-    return offset(side == Side::kKey ? c.ring_k : c.ring_v, c.ring_row(sequence, position, head), c.dtype);
-  const RowsView& rows = side == Side::kKey ? a.k : a.v;
-  const std::int64_t token = a.tokens.begin(sequence) + position - old_len;
-  return offset(rows.data, token * rows.token_stride + head * rows.head_stride, c.dtype);
+// Rows of one side of one head, by position: in the ring already, or in this call's input.
+struct RowSource {
+  const CacheView& cache;
+  int sequence, head, old_len;
+  const void *ring, *input;
+  std::int64_t input_stride;
+
+  RowSource(const AppendArgs& a, Side side, int sequence, int head)
+      : cache(a.cache), sequence(sequence), head(head), old_len(a.cache.kv_len[sequence]) {
+    const RowsView& rows = side == Side::kKey ? a.k : a.v;
+    ring = side == Side::kKey ? cache.ring_k : cache.ring_v;
+    input = offset(rows.data, a.tokens.begin(sequence) * rows.token_stride + head * rows.head_stride, cache.dtype);
+    input_stride = rows.token_stride;
+  }
+  const void* at(int position) const {
+    if (position < old_len) return offset(ring, cache.ring_row(sequence, position, head), cache.dtype);
+    return offset(input, (position - old_len) * input_stride, cache.dtype);
+  }
+};
+
+// A strip: sixteen tokens of one group, in blocks of 16 x 16 that are turned as their codes will be.
+struct Strip {
+  float x[kMaxHeadDim / 16][16][16];  // [block of channels][field][lane]
+  float low[16], high[16], nan[16];   // of every token; nan is 0 where all is finite
+  float zero[16], inverse[16];
+  std::uint16_t scale_bits[16], zero_bits[16];
+
+  void set_extent(int token, const Extent& e) {
+    store(low + token, e.low);
+    store(high + token, e.high);
+    store(nan + token, e.nan);
+  }
+};
+
+// Rows from `channel` on with tokens as lanes, a square at a time. Two extents, because a product waits for the last.
+template <DType D>
+void load_tokens_as_lanes(const void* const* rows, int channel, int channels, Strip& strip) {
+  for (int t = 0; t < 16; t += kVector) {
+    Extent even = Extent::of_nothing(), odd = even;
+    for (int block = 0; block < channels / 16; ++block) {
+      for (int c = 0; c < 16; c += kVector) {
+        Floats v[kVector];
+        for (int i = 0; i < kVector; ++i) v[i] = load_as<D>(rows[t + i], channel + block * 16 + c);
+        transpose(v);
+        for (int i = 0; i < kVector; ++i) {
+          store(&strip.x[block][c + i][t], v[i]);
+          (i % 2 == 0 ? even : odd).add(v[i]);
+        }
+      }
+    }
+    even.add(odd);
+    strip.set_extent(t, even);
+  }
 }
 
-// Scale, zero and codes of one group for 64 tokens.
-inline void quantize_group(const Group& group, Code code, float clip, Meta meta, Exponents exponents, TileRows& tile,
-                           GroupQuantizer* quantizers) {
-  const int levels = traits(code).levels;
-  float low[kTileTokens], high[kTileTokens], nan[kTileTokens] = {};
-  const float* first = tile.x + group.begin * kTileTokens;
-  for (int t = 0; t < kTileTokens; ++t) low[t] = high[t] = first[t];
-  for (int c = group.begin; c < group.end; ++c) {
-    const float* x = tile.x + c * kTileTokens;
-    for (int t = 0; t < kTileTokens; ++t) {
-      low[t] = x[t] < low[t] ? x[t] : low[t];
-      high[t] = x[t] > high[t] ? x[t] : high[t];
-      nan[t] += x[t] * 0.0f;  // stays 0 while all is finite
+template <DType D>
+void load_channels_as_lanes(const void* const* rows, int channel, int channels, Strip& strip) {
+  for (int t = 0; t < 16; t += kVector) {
+    Extent extent[kVector];
+    for (int i = 0; i < kVector; ++i) {
+      const void* row = rows[t + i];
+      Extent even = Extent::of_nothing(), odd = even;
+      for (int block = 0; block < channels / 16; ++block) {
+#pragma GCC unroll 4
+        for (int c = 0; c < 16; c += kVector) {
+          const Floats v = load_as<D>(row, channel + block * 16 + c);
+          store(&strip.x[block][t + i][c], v);
+          (c / kVector % 2 == 0 ? even : odd).add(v);
+        }
+      }
+      even.add(odd);
+      extent[i] = even;
+    }
+    strip.set_extent(t, extents(extent));
+  }
+}
+
+// Of every token; compilers make vector instructions of the loop.
+template <Meta M>
+void make_quantizers(float clip, int levels, Exponents exponents, Strip& s) {
+  for (int t = 0; t < 16; ++t) {
+    const GroupQuantizer g = make_group_quantizer(s.low[t], s.high[t], s.nan[t] == 0.0f, clip, levels, M, exponents);
+    s.zero[t] = g.zero;
+    s.inverse[t] = g.inverse;
+    s.scale_bits[t] = g.scale_bits;
+    s.zero_bits[t] = g.zero_bits;
+  }
+}
+
+// Unrolling the inner loop would make compilers take the outer one for the one to vectorize, by gathers.
+template <bool TokensAsLanes>
+void quantize_block(const Strip& s, int block, int levels, Block& codes) {
+  for (int f = 0; f < 16; ++f) {
+#pragma GCC unroll 1
+    for (int lane = 0; lane < 16; ++lane) {
+      const int token = TokensAsLanes ? lane : f;
+      const GroupQuantizer g{s.zero[token], 0.0f, s.inverse[token], 0, 0};
+      codes.field[f][lane] = static_cast<std::uint32_t>(quantize(s.x[block][f][lane], g, levels));
     }
   }
-  for (int t = 0; t < kTileTokens; ++t) {
-    quantizers[t] = make_group_quantizer(low[t], high[t], nan[t] == 0.0f, clip, levels, meta, exponents);
+}
+
+// What the groups of one side of a tile have in common.
+struct SideSource {
+  const void* rows[kTileTokens];
+  DType dtype;
+  const float* clip;  // of each group
+  Exponents exponents;
+};
+
+// Tokens 16 tb to 16 tb + 15 of group g; the codes' bytes were 0.
+template <class Arrangement>
+void pack_strip(const RecordFormat& format, Side side, const SideSource& source, int g, int tb, std::uint8_t* record) {
+  const TensorFormat& tensor = format.side(side);
+  const Group group = tensor.group_at(g);
+  const Band& band = tensor.bands[group.band];
+  const int levels = traits(band.code).levels, channels = group.end - group.begin;
+  const bool tokens = lanes_are_tokens(side, band.code);
+  Strip strip;
+  with_dtype(source.dtype, [&]<DType D>() {
+    const auto load = tokens ? load_tokens_as_lanes<D> : load_channels_as_lanes<D>;
+    load(source.rows + tb * 16, group.begin, channels, strip);
+  });
+  const auto make = format.meta == Meta::kE4m3 ? make_quantizers<Meta::kE4m3> : make_quantizers<Meta::kFp16>;
+  make(source.clip[g], levels, source.exponents, strip);
+  for (int t = 0; t < 16; ++t) {
+    const auto store = [&](int which, std::uint16_t bits) {
+      const int index = Arrangement::meta(tensor.num_groups(), tb * 16 + t, g, which);
+      store_meta(format.meta, record + format.meta_offset(side), index, bits);
+    };
+    store(0, strip.scale_bits[t]);
+    store(1, strip.zero_bits[t]);
   }
-  float zero[kTileTokens], inverse[kTileTokens];
-  for (int t = 0; t < kTileTokens; ++t) {
-    zero[t] = quantizers[t].zero;
-    inverse[t] = quantizers[t].inverse;
-  }
-  for (int c = group.begin; c < group.end; ++c) {
-    for (int t = 0; t < kTileTokens; ++t) {
-      const GroupQuantizer g{zero[t], 0.0f, inverse[t], 0, 0};
-      tile.codes[c * kTileTokens + t] = static_cast<std::uint8_t>(quantize(tile.x[c * kTileTokens + t], g, levels));
-    }
+  for (int block = 0; block < channels / 16; ++block) {
+    Block codes;
+    (tokens ? quantize_block<true> : quantize_block<false>)(strip, block, levels, codes);
+    put_block<Arrangement>(side, band, tb, (group.begin - band.begin) / 16 + block, codes,
+                           record + format.band_offset(side, group.band));
   }
 }
 
 template <class Arrangement>
-void pack_side(const RecordFormat& format, Side side, const float* clip, Exponents exponents, TileRows& tile,
-               std::uint8_t* record) {
+void pack_side(const RecordFormat& format, Side side, const SideSource& source, std::uint8_t* record) {
   const TensorFormat& tensor = format.side(side);
-  const int groups = tensor.num_groups();
-  std::uint8_t* meta = record + format.meta_offset(side);
-  for (int g = 0; g < groups; ++g) {
-    const Group group = tensor.group_at(g);
-    GroupQuantizer quantizers[kTileTokens];
-    quantize_group(group, tensor.bands[group.band].code, clip[g], format.meta, exponents, tile, quantizers);
-    for (int t = 0; t < kTileTokens; ++t) {
-      store_meta(format.meta, meta, Arrangement::meta(groups, t, g, 0), quantizers[t].scale_bits);
-      store_meta(format.meta, meta, Arrangement::meta(groups, t, g, 1), quantizers[t].zero_bits);
-    }
-  }
-  for (int b = 0; b < tensor.num_bands; ++b) {
-    const Band& band = tensor.bands[b];
-    pack_band<Arrangement>(side, band, tile.codes + band.begin * kTileTokens, record + format.band_offset(side, b));
+  std::memset(record + format.codes_offset(side), 0, tensor.code_bytes());
+  for (int g = 0; g < tensor.num_groups(); ++g) {
+    for (int tb = 0; tb < Lanes::kBlocks; ++tb) pack_strip<Arrangement>(format, side, source, g, tb, record);
   }
 }
 
-inline void flush_tile(const AppendArgs& a, int sequence, int head, int tile_index) {
+inline void flush_tile(const AppendArgs& a, int sequence, int head, int tile) {
   const CacheView& c = a.cache;
-  const int old_len = c.kv_len[sequence];
-  std::uint8_t* record = c.record(sequence, tile_index, head);
-  TileRows tile;
+  std::uint8_t* record = c.record(sequence, tile, head);
   for (const Side side : kSides) {
-    for (int t = 0; t < kTileTokens; ++t) {
-      const void* row = source_row(a, side, sequence, head, c.num_sinks + tile_index * kTileTokens + t, old_len);
-      switch (c.dtype) {
-        case DType::kF32:
-          load_channels<DType::kF32>(row, t, c.head_dim, tile.x);
-          break;
-        case DType::kF16:
-          load_channels<DType::kF16>(row, t, c.head_dim, tile.x);
-          break;
-        case DType::kBf16:
-          load_channels<DType::kBf16>(row, t, c.head_dim, tile.x);
-          break;
-      }
-    }
     const float* clip = side == Side::kKey ? a.k_clip : a.v_clip;
-    clip += head * c.format.side(side).num_groups();
-    const Exponents exponents = c.exponents_of(side, head);
-    visit_arrangement(c.format.arrangement,
-                      [&]<class A>() { pack_side<A>(c.format, side, clip, exponents, tile, record); });
+    SideSource source{{}, c.dtype, clip + head * c.format.side(side).num_groups(), c.exponents_of(side, head)};
+    const RowSource rows(a, side, sequence, head);
+    for (int t = 0; t < kTileTokens; ++t) source.rows[t] = rows.at(c.num_sinks + tile * kTileTokens + t);
+    visit_arrangement(c.format.arrangement, [&]<class A>() { pack_side<A>(c.format, side, source, record); });
   }
 }
 
@@ -119,14 +180,14 @@ inline void store_rows(const AppendArgs& a, int sequence, int head) {
   const int old_len = c.kv_len[sequence], new_len = old_len + a.tokens.length(sequence);
   const int bytes = c.head_dim * dtype_bytes(c.dtype);
   const int ring_first = ring_begin(new_len, c.num_sinks, c.ring_slots);
-  for (int p = old_len; p < new_len; ++p) {
-    const bool sink = p < c.num_sinks;
-    if (!sink && p < ring_first) continue;
-    const std::int64_t row = sink ? c.sink_row(sequence, p, head) : c.ring_row(sequence, p, head);
-    for (const Side side : kSides) {
+  for (const Side side : kSides) {
+    const RowSource rows(a, side, sequence, head);
+    for (int p = old_len; p < new_len; ++p) {
+      const bool sink = p < c.num_sinks;
+      if (!sink && p < ring_first) continue;
+      const std::int64_t row = sink ? c.sink_row(sequence, p, head) : c.ring_row(sequence, p, head);
       void* base = sink ? (side == Side::kKey ? c.sink_k : c.sink_v) : (side == Side::kKey ? c.ring_k : c.ring_v);
-      void* to = const_cast<void*>(offset(base, row, c.dtype));
-      std::memcpy(to, source_row(a, side, sequence, head, p, old_len), bytes);
+      std::memcpy(const_cast<void*>(offset(base, row, c.dtype)), rows.at(p), bytes);
     }
   }
 }

@@ -117,8 +117,8 @@ inline void attend_pages(const DecodeArgs& a, const WorkItem& w, RowBlock& block
     begin = min_int(begin, max_int(0, block.seen[r].begin - c.num_sinks) / kTileTokens);
   }
   end = min_int(end, w.tile_end);
-  const bool integer = !a.exact && integer_kernel_reads(c.format),
-             lanes = c.format.arrangement == ArrangementKind::kLanes;
+  const bool may_be_integer = !a.exact && integer_kernel_reads(c.format);
+  const bool lanes = c.format.arrangement == ArrangementKind::kLanes;
   for (int i = max_int(begin, w.tile_begin); i < end; ++i) {
     const std::uint8_t* record = c.record(w.sequence, i, w.head);
     tile.ahead = lanes && i + 1 < end ? c.record(w.sequence, i + 1, w.head) - record : 0;
@@ -127,6 +127,8 @@ inline void attend_pages(const DecodeArgs& a, const WorkItem& w, RowBlock& block
       record = scratch.record;
     }
     load_tile_meta(c.format.meta, record, tile);
+    // A token of NaN needs the care that only the exact kernel takes.
+    [[maybe_unused]] const bool integer = may_be_integer && tile.finite;
     find_codes(c.format, record, integer, scratch, tile);
     const int first = c.num_sinks + i * kTileTokens;
     each_rows(block, Segment::kPages, first, first + kTileTokens, 4, [&]<int R>(int row, const TokenRange* range) {

@@ -35,10 +35,7 @@ inline bool integer_kernel_reads(const RecordFormat& format) {
 
 #if SKVQ_HAS_SIMD
 
-// To the nearest integer; |x| < 2^22.
-SKVQ_FN Ints round_to_int(Floats x) {
-  return reinterpret_cast<Ints>(x + 12582912.0f) - 0x4b400000;
-}
+inline constexpr std::int32_t kRounderBits = 0x4b400000;
 
 // One group of a query row: values to bytes, n or 128 * high + low with |low| <= 64; their unit and their sum.
 template <int Bytes>
@@ -54,7 +51,7 @@ void quantize_group_row(const float* q, int channels, std::int8_t* high, std::in
   const bool finite = sum(nan) == 0.0f;
   const float inverse = max > 0.0f && finite ? kRange / max : 0.0f;
   for (int c = 0; c < channels; c += kVector) {
-    const Ints n = inverse == 0.0f ? Ints{} : round_to_int(load(q + c) * inverse);
+    const Ints n = inverse == 0.0f ? Ints{} : reinterpret_cast<Ints>(load(q + c) * inverse + kRounder) - kRounderBits;
     const Ints h = Bytes == 1 ? n : (n + kByteStep / 2) >> 7;
     Simd::store_bytes(high + c, h);
     if constexpr (Bytes == 2) Simd::store_bytes(low + c, n - h * kByteStep);
@@ -155,17 +152,21 @@ void integer_band_logits(const TensorFormat& format, int b, const RowBlock& bloc
   for (int g = 0; g < tile.layout[0].num_groups; ++g) {
     const Group& group = tile.layout[0].groups[g];
     if (group.band != b) continue;
+    float unit[R], total[R];
+    for (int r = 0; r < R; ++r) {
+      unit[r] = block.q8.unit[(row + r) * kMaxGroups + g];
+      total[r] = block.q8.sum[(row + r) * kMaxGroups + g];
+    }
     for (int tb = 0; tb < Lanes::kBlocks; tb += T) {
       Sums<bytes_for(C), R, T> sums;
       multiply_keys<C, R, T>(blocks, band, group, block, row, format.head_dim, tb, sums);
       for (int r = 0; r < R; ++r) {
-        const float unit = block.q8.unit[(row + r) * kMaxGroups + g], total = block.q8.sum[(row + r) * kMaxGroups + g];
         for (int i = 0; i < T; ++i) {
           Floats dot[16 / kVector];
           sums.get(r, i, kByteStep, dot);
           for (int n = 0; n < 16 / kVector; ++n) {
             const int t = (tb + i) * 16 + n * kVector;
-            const Floats logit = load(tile.scale[0][g] + t) * (dot[n] * unit) + load(tile.zero[0][g] + t) * total;
+            const Floats logit = load(tile.scale[0][g] + t) * (dot[n] * unit[r]) + load(tile.zero[0][g] + t) * total[r];
             store(s[r] + t, load(s[r] + t) + logit);
           }
         }
@@ -180,25 +181,26 @@ struct Weights {
   std::uint8_t high[R][kTileTokens], low[R][kTileTokens];
   float unit;  // one for all rows, because 1 is among the probabilities of each
 
-  // A token that a row does not see has probability 0 and may hold NaN.
   SKVQ_FN Weights(const PackedTile& tile, int g, int offset, RowBlock& block, int row, const float (*p)[kTileTokens],
                   const Step<R>& step) {
     constexpr float kRange = Bytes == 1 ? 255.0f : 65535.0f;
-    Floats top = {}, ratio[kTileTokens / kVector];
-    for (int i = 0; i < kTileTokens / kVector; ++i) {
-      const Floats scale = load(tile.scale[1][g] + i * kVector);
-      top = scale > top ? scale : top;
+    constexpr int kVectors = kTileTokens / kVector;
+    Floats top = {}, levels[kVectors], ratio[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+      levels[i] = load(tile.scale[1][g] + i * kVector);
+      top = levels[i] > top ? levels[i] : top;
       // Multiplied with the rounded weights, so that codes and zeros are weighed alike.
-      ratio[i] = load(tile.zero[1][g] + i * kVector) / scale + static_cast<float>(offset);
+      ratio[i] = load(tile.zero[1][g] + i * kVector) / levels[i] + static_cast<float>(offset);
     }
     const float max = largest(top), inverse = kRange / max;
+    for (Floats& level : levels) level *= inverse;
     unit = max / kRange;
     Floats zeros[R] = {};
     for (int r = 0; r < R; ++r) {
-      for (int i = 0; i < kTileTokens / kVector; ++i) {
-        const Floats prob = load(p[r] + i * kVector), scale = load(tile.scale[1][g] + i * kVector);
-        const Ints n = prob != 0.0f ? round_to_int(prob * scale * inverse) : Ints{};
-        zeros[r] += prob != 0.0f ? to_floats(n) * ratio[i] : Floats{};
+      for (int i = 0; i < kVectors; ++i) {
+        const Floats shifted = load(p[r] + i * kVector) * levels[i] + kRounder;
+        zeros[r] += (shifted - kRounder) * ratio[i];
+        const Ints n = reinterpret_cast<Ints>(shifted);  // its low bytes are the number
         Simd::store_bytes(high[r] + i * kVector, Bytes == 1 ? n : n >> 8);
         if constexpr (Bytes == 2) Simd::store_bytes(low[r] + i * kVector, n);
       }
@@ -207,12 +209,11 @@ struct Weights {
   }
 };
 
-// Weighed sums of T blocks of 16 channels, starting at channel c.
+// Products of R rows of weights with T blocks of 16 channels.
 template <Code C, int R, int T>
-SKVQ_FN void add_integer_values(const Blocks<C>& blocks, const Band& band, RowBlock& block, int row, int head_dim,
-                                int c, const Weights<bytes_for(C), R>& weights, const Step<R>& step) {
+SKVQ_FN void multiply_values(const Blocks<C>& blocks, int cb, const Weights<bytes_for(C), R>& weights,
+                             Sums<bytes_for(C), R, T>& sums) {
   constexpr int kBytes = bytes_for(C), kRun = blocks_per_run(C, 255);
-  const int cb = (c - band.begin) / 16;
   [[maybe_unused]] Simd::Codes trits[T][16];
   if constexpr (is_base3(C)) {
     for (int i = 0; i < T; ++i) {
@@ -221,7 +222,6 @@ SKVQ_FN void add_integer_values(const Blocks<C>& blocks, const Band& band, RowBl
       Simd::ternary_quads(in, trits[i]);
     }
   }
-  Sums<kBytes, R, T> sums;
   for (int begin = 0; begin < Lanes::kBlocks; begin += kRun) {
     Sums<kBytes, R, T> part;
     for (int tb = begin; tb < min_int(begin + kRun, Lanes::kBlocks); ++tb) {
@@ -247,13 +247,21 @@ SKVQ_FN void add_integer_values(const Blocks<C>& blocks, const Band& band, RowBl
     }
     sums.add(part);
   }
+}
+
+// `o`: the outputs of R rows, for the channels of T blocks. Factors by value, so that no store can change them.
+template <Code C, int R, int T>
+SKVQ_FN void add_integer_values(const Blocks<C>& blocks, int cb, const Weights<bytes_for(C), R>& weights,
+                                const Step<R> factors, float* const (&o)[R], int c) {
+  Sums<bytes_for(C), R, T> sums;
+  multiply_values<C, R, T>(blocks, cb, weights, sums);
   for (int r = 0; r < R; ++r) {
     for (int i = 0; i < T; ++i) {
       Floats dot[16 / kVector];
       sums.get(r, i, 256.0f, dot);
       for (int n = 0; n < 16 / kVector; ++n) {
-        float* o = block.o + (row + r) * head_dim + c + i * 16 + n * kVector;
-        store(o, load(o) * step.keep[r] + dot[n] * (weights.unit * step.weight[r]));
+        float* lanes = o[r] + c + i * 16 + n * kVector;
+        store(lanes, load(lanes) * factors.keep[r] + dot[n] * factors.weight[r]);
       }
     }
   }
@@ -267,13 +275,17 @@ void integer_group_values(const TensorFormat& format, int g, RowBlock& block, in
   const Band& band = format.bands[group.band];
   const Blocks<C> blocks{tile.codes[1][group.band], Side::kValue, band.channels, tile.ahead};
   const Weights<bytes_for(C), R> weights(tile, g, code_offset(C), block, row, p, step);
+  Step<R> factors = step;
+  float* o[R];
+  for (int r = 0; r < R; ++r) {
+    factors.weight[r] *= weights.unit;
+    o[r] = block.o + (row + r) * format.head_dim;
+  }
   int c = group.begin;
   for (; c + 16 * T <= group.end; c += 16 * T) {
-    add_integer_values<C, R, T>(blocks, band, block, row, format.head_dim, c, weights, step);
+    add_integer_values<C, R, T>(blocks, (c - band.begin) / 16, weights, factors, o, c);
   }
-  for (; c < group.end; c += 16) {
-    add_integer_values<C, R, 1>(blocks, band, block, row, format.head_dim, c, weights, step);
-  }
+  for (; c < group.end; c += 16) add_integer_values<C, R, 1>(blocks, (c - band.begin) / 16, weights, factors, o, c);
 }
 
 // R rows against a packed tile.

@@ -1,4 +1,9 @@
 // Kernels whose results must agree in every bit on all instruction sets.
+
+// Loops over the quantizer of a group become vector instructions only where its choices may be computed both ways,
+// which changes no result.
+#pragma GCC optimize("no-trapping-math", "no-thread-jumps")
+
 #include "cpu/append_kernel.h"
 #include "cpu/heads_kernel.h"
 #include "cpu/kernels.h"

@@ -24,6 +24,7 @@ struct PackedTile {
   const std::uint8_t* codes[2][kMaxBands];
   Code code[2][kMaxBands];  // as the bytes are now
   std::ptrdiff_t ahead;     // bytes from this record to the next one that is read; 0 for none
+  bool finite;              // no NaN among scales and zeros of V
   float scale[2][kMaxGroups][kTileTokens];
   float zero[2][kMaxGroups][kTileTokens];
 };
@@ -72,35 +73,47 @@ inline void sum_groups(const SideLayout& layout, const float* q, float* sums) {
   }
 }
 
-// One scale or zero of 64 tokens, times `unit`.
+// One scale or zero of 64 tokens, times `unit`. Returns whether a NaN is among them.
 template <Meta M>
-SKVQ_FN void decode_tokens(const std::uint8_t* meta, int first, float unit, float* out) {
+SKVQ_FN bool decode_tokens(const std::uint8_t* meta, int first, float unit, float* out) {
   if constexpr (M == Meta::kE4m3) {
-    for (int t = 0; t < kTileTokens; t += 16) load_e4m3(meta + first + t, unit, out + t);
+    const bool low = load_e4m3(meta + first, unit, out), high = load_e4m3(meta + first + 32, unit, out + 32);
+    if (!low && !high) [[likely]]
+      return false;
+    for (int t = 0; t < kTileTokens; ++t) out[t] = e4m3_to_float(meta[first + t]) * unit;
+    return true;
   } else {
-    for (int t = 0; t < kTileTokens; t += kVector) store(out + t, load_as<DType::kF16>(meta, first + t) * unit);
+    Floats nan = {};
+    for (int t = 0; t < kTileTokens; t += kVector) {
+      const Floats value = load_as<DType::kF16>(meta, first + t) * unit;
+      nan += value * 0.0f;
+      store(out + t, value);
+    }
+    return sum(nan) != 0.0f;
   }
 }
 
+// Returns whether a scale or a zero is NaN.
 template <Meta M>
-void load_meta_section(Side side, const std::uint8_t* record, PackedTile& tile) {
+bool load_meta_section(Side side, const std::uint8_t* record, PackedTile& tile) {
   const int s = static_cast<int>(side);
   const SideLayout& layout = tile.layout[s];
   const std::uint8_t* meta = record + layout.meta_offset;
   const int bytes = 2 * layout.num_groups * kTileTokens * meta_bytes(M);
   for (int line = 0; line < bytes; line += 64) __builtin_prefetch(meta + tile.ahead + line);
+  bool nan = false;
   for (int g = 0; g < layout.num_groups; ++g) {
-    decode_tokens<M>(meta, Lanes::meta(layout.num_groups, 0, g, 0), layout.scale_unit, tile.scale[s][g]);
-    decode_tokens<M>(meta, Lanes::meta(layout.num_groups, 0, g, 1), layout.zero_unit, tile.zero[s][g]);
+    nan |= decode_tokens<M>(meta, Lanes::meta(layout.num_groups, 0, g, 0), layout.scale_unit, tile.scale[s][g]);
+    nan |= decode_tokens<M>(meta, Lanes::meta(layout.num_groups, 0, g, 1), layout.zero_unit, tile.zero[s][g]);
   }
+  return nan;
 }
 
 // Scales and zeros of a record in arrangement `lanes`.
 inline void load_tile_meta(Meta meta, const std::uint8_t* record, PackedTile& tile) {
-  for (const Side side : kSides) {
-    meta == Meta::kE4m3 ? load_meta_section<Meta::kE4m3>(side, record, tile)
-                        : load_meta_section<Meta::kFp16>(side, record, tile);
-  }
+  const auto load = meta == Meta::kE4m3 ? load_meta_section<Meta::kE4m3> : load_meta_section<Meta::kFp16>;
+  load(Side::kKey, record, tile);
+  tile.finite = !load(Side::kValue, record, tile);
 }
 
 }  // namespace SKVQ_ISA

@@ -96,9 +96,11 @@ SKVQ_FN void load_floats(DType dtype, const void* data, std::int64_t first, int 
   });
 }
 
-// Sum and maximum over lanes, by halves. A NaN in `largest` loses to any number.
+// Sum and maximum over lanes. The sum goes through blocks of four lanes first, in the order of `sum_four`: a row must
+// not depend on how many others go with it. A NaN in `largest` loses to any number.
 SKVQ_FN float sum(Floats v) {
-  for (int distance = kVector / 2; distance > 0; distance /= 2) v += __builtin_shuffle(v, lane_index() ^ distance);
+  for (int distance = 2; distance > 0; distance /= 2) v += __builtin_shuffle(v, lane_index() ^ distance);
+  for (int distance = kVector / 2; distance >= 4; distance /= 2) v += __builtin_shuffle(v, lane_index() ^ distance);
   return v[0];
 }
 // Sums over the lanes of four vectors, for little more than one takes alone.
@@ -126,31 +128,86 @@ SKVQ_FN float largest(Floats v) {
   return v[0];
 }
 
-// Sixteen E4M3 numbers, times `unit`; equal to e4m3_to_float.
-SKVQ_FN void load_e4m3(const std::uint8_t* p, float unit, float* out) {
+// Swaps bit D of the number of a lane with the number of its vector, a before b: a step of a transposition.
+template <int D>
+SKVQ_FN void exchange(Floats& a, Floats& b) {
+  const Ints i = lane_index(), second = i / D % 2;
+  const Floats low = __builtin_shuffle(a, b, i + second * (kVector - D));
+  b = __builtin_shuffle(a, b, i + D + second * (kVector - D));
+  a = low;
+}
+template <int D = 1>
+SKVQ_FN void transpose(Floats (&v)[kVector]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kVector; ++r) {
+    if (r / D % 2 == 0) exchange<D>(v[r], v[r + D]);
+  }
+  if constexpr (2 * D < kVector) transpose<2 * D>(v);
+}
+
+// Minimum and maximum, lane by lane; `nan` stays 0 while all is finite.
+struct Extent {
+  Floats low, high, nan;
+
+  SKVQ_FN static Extent of_nothing() { return {splat(__builtin_inff()), splat(-__builtin_inff()), Floats{}}; }
+  SKVQ_FN void add(const Extent& e) {
+    low = e.low < low ? e.low : low;
+    high = e.high > high ? e.high : high;
+    nan *= e.nan;
+  }
+  SKVQ_FN void add(Floats x) { add({x, x, x}); }
+};
+
+// Extents over the lanes of kVector of them: lane i has that of the i-th.
+template <int D = kVector / 2>
+SKVQ_FN Extent extents(Extent (&e)[kVector]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < D; ++r) {
+    Extent &a = e[r], &b = e[r + D];
+    exchange<D>(a.low, b.low);
+    exchange<D>(a.high, b.high);
+    exchange<D>(a.nan, b.nan);
+    a.add(b);
+  }
+  if constexpr (D > 1) return extents<D / 2>(e);
+  return e[0];
+}
+
+// 32 E4M3 numbers, times `unit`; equal to e4m3_to_float but for NaN, which becomes a number. Returns whether there is
+// one.
+SKVQ_FN bool load_e4m3(const std::uint8_t* p, float unit, float* out) {
 #if defined(__AVX2__)
-  // An E4M3 number is an fp16 number of the same digits, 256 times too small; fp16 conversion knows subnormals.
-  const __m256i byte = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(byte, _mm256_set1_epi16(0x7f)), 7);
-  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(byte, _mm256_set1_epi16(0x80)), 8);
-  const __m256i nan =
-      _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80)), _mm256_set1_epi16(0x7e00));
-  const __m256i half = _mm256_or_si256(_mm256_or_si256(magnitude, sign), nan);
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), zero = _mm256_setzero_si256();
+  // An E4M3 number is an fp16 number of the same digits, 256 times too small; fp16 conversion knows subnormals. With
+  // the byte on top of 16 bits, an arithmetic shift makes room for the longer exponent behind the sign.
   const __m256 scale = _mm256_set1_ps(unit * 256.0f);
-  _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), scale));
-  _mm256_storeu_ps(out + 8, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), scale));
+  const auto put = [&](__m256i top, int at) {
+    const __m256i half = _mm256_and_si256(_mm256_srai_epi16(top, 1), _mm256_set1_epi16(-0x4001));
+    _mm256_storeu_ps(out + at, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), scale));
+    _mm256_storeu_ps(out + at + 16, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), scale));
+  };
+  put(_mm256_unpacklo_epi8(zero, bytes), 0);
+  put(_mm256_unpackhi_epi8(zero, bytes), 8);
+  const __m256i most = _mm256_set1_epi8(0x7f);
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, most), most)) != 0;
 #else
-  for (int i = 0; i < 16; ++i) out[i] = e4m3_to_float(p[i]) * unit;
+  bool nan = false;
+  for (int i = 0; i < 32; ++i) {
+    out[i] = e4m3_to_float(p[i]) * unit;
+    nan |= (p[i] & 0x7f) == 0x7f;
+  }
+  return nan;
 #endif
 }
 
+// Added to a number under 2^22 it leaves the nearest integer in the low bits, and taken away again that integer.
+inline constexpr float kRounder = 12582912.0f;
+
 // exp(x) for x <= 0 or NaN, relative error about 1e-7 near 0 and 1e-7 * |x| far from it. Values under 2^-126 become 0.
 SKVQ_FN Floats exp_nonpositive(Floats x) {
-  const Floats y = x * 1.44269504088896341f;
-  const Floats smallest = splat(-126.0f);
+  const Floats y = x * 1.44269504088896341f, smallest = splat(-126.0f);
   const Floats kept = smallest > y ? smallest : y;  // in this order a NaN is kept
-  const Floats shifted = kept + 12582912.0f;        // the nearest integer stands in the low bits
-  const Floats f = kept - (shifted - 12582912.0f);
+  const Floats shifted = kept + kRounder, f = kept - (shifted - kRounder);
   // 2^f on [-1/2, 1/2], minimax of degree 6.
   Floats p = splat(1.53533620e-04f);
   p = p * f + 1.33988750e-03f;
@@ -160,8 +217,7 @@ SKVQ_FN Floats exp_nonpositive(Floats x) {
   p = p * f + 6.93147182e-01f;
   p = p * f + 1.0f;
   const Ints power = (reinterpret_cast<Ints>(shifted) << 23) + (127 << 23);
-  const Floats value = p * reinterpret_cast<Floats>(power);
-  return y < smallest ? Floats{} : value;
+  return y < smallest ? Floats{} : p * reinterpret_cast<Floats>(power);
 }
 
 }  // namespace SKVQ_ISA

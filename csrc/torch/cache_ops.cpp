@@ -108,7 +108,7 @@ void* workspace_data(const OptionalTensor& given, std::size_t needed, const Tens
                      OptionalTensor& own) {
   if (!given) {
     if (needed == 0) return nullptr;
-    own = torch::stable::new_empty(q, {static_cast<std::int64_t>(needed)}, ScalarType::Byte);
+    own = new_tensor(q, {static_cast<std::int64_t>(needed)}, ScalarType::Byte);
     return own->mutable_data_ptr();
   }
   check_tensor(*given, "workspace", ScalarType::Byte, {-1}, place);
@@ -164,8 +164,8 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const OptionalTenso
   }
   if (place.on_cpu) check_pages_to_read(a);
   const std::size_t needed = place.backend->decode_workspace_bytes(a, place);
-  Tensor out = torch::stable::new_empty(q, {num_tokens, num_q_heads, a.cache.head_dim});
-  Tensor lse = torch::stable::new_empty(q, {num_tokens, num_q_heads}, ScalarType::Float);
+  Tensor out = new_tensor(q, {num_tokens, num_q_heads, a.cache.head_dim}, q.scalar_type());
+  Tensor lse = new_tensor(q, {num_tokens, num_q_heads}, ScalarType::Float);
   a.out = out.mutable_data_ptr();
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
   OptionalTensor own;

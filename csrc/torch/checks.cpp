@@ -1,5 +1,7 @@
 #include "torch/checks.h"
 
+#include <algorithm>
+
 #include "core/window.h"
 
 namespace skvq::ops {
@@ -36,6 +38,18 @@ void check_exponents(const std::int32_t* exponents, std::int64_t heads) {
 }
 
 }  // namespace
+
+Tensor new_tensor(const Tensor& like, const std::int64_t* shape, std::int64_t* strides, int dims, ScalarType dtype) {
+  std::int64_t stride = 1;
+  for (int i = dims; i-- > 0; stride *= std::max<std::int64_t>(1, shape[i])) strides[i] = stride;
+  std::int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto type = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape, strides, type, device_type, device_index, &made));
+  return Tensor(made);
+}
 
 std::string shape_of(const Tensor& t) {
   std::string text;

@@ -26,6 +26,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// An uninitialized tensor where `like` is, contiguous. One call of the C interface: torch::stable::new_empty looks its
+// operator up by name and boxes every argument, which takes longer than small kernels do.
+Tensor new_tensor(const Tensor& like, const std::int64_t* shape, std::int64_t* strides, int dims, ScalarType dtype);
+template <std::size_t N>
+Tensor new_tensor(const Tensor& like, const std::int64_t (&shape)[N], ScalarType dtype) {
+  std::int64_t strides[N];
+  return new_tensor(like, shape, strides, N, dtype);
+}
+
 std::string shape_of(const Tensor& t);
 DType dtype_of(ScalarType type, const char* name);
 DType float_dtype(const Tensor& t, const char* name);

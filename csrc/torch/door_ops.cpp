@@ -53,7 +53,7 @@ MapHeadsArgs make_args(const Tensor& x, const OptionalTensor& permutation, const
 }
 
 Tensor run(const Tensor& x, MapHeadsArgs& a, const Place& place) {
-  Tensor out = torch::stable::new_empty(x, {a.num_tokens, a.num_heads, a.head_dim});
+  Tensor out = new_tensor(x, {a.num_tokens, a.num_heads, a.head_dim}, x.scalar_type());
   a.out = out.mutable_data_ptr();
   place.backend->map_heads(a, place);
   return out;

@@ -51,10 +51,10 @@ void implement(Library& m) {
 STABLE_TORCH_LIBRARY(skvq, m) {
   m.def("permute_channels(Tensor x, Tensor permutation) -> Tensor");
   m.def(
-      "enter_heads(Tensor x, Tensor? permutation, Tensor? shift, Tensor? scale, Tensor? matrix, *, int num_kv_heads) "
+      "enter_heads(Tensor x, Tensor? permutation, Tensor? shift, Tensor? scale, Tensor? matrix, int num_kv_heads) "
       "-> Tensor");
   m.def(
-      "leave_heads(Tensor o, Tensor? permutation, Tensor? shift, Tensor? scale, Tensor? matrix, Tensor? share, *, "
+      "leave_heads(Tensor o, Tensor? permutation, Tensor? shift, Tensor? scale, Tensor? matrix, Tensor? share, "
       "int num_kv_heads) -> Tensor");
   m.def(
       "quantize_pack(Tensor x, Tensor group_start, Tensor? clip=None, *, str code, str meta=\"fp8\", int "
@@ -67,7 +67,7 @@ STABLE_TORCH_LIBRARY(skvq, m) {
   m.def(
       "append(Tensor k, Tensor v, Tensor? cu_seqlens, Tensor(a!) pages, Tensor page_table, Tensor(b!) sink_k, "
       "Tensor(c!) sink_v, "
-      "Tensor(d!) ring_k, Tensor(e!) ring_v, Tensor(f!) kv_len, Tensor k_clip, Tensor v_clip, Tensor exponents, *, str "
+      "Tensor(d!) ring_k, Tensor(e!) ring_v, Tensor(f!) kv_len, Tensor k_clip, Tensor v_clip, Tensor exponents, str "
       "k_format, "
       "str v_format, int group, str meta, str arrangement, int window) -> ()");
   m.def(
@@ -77,7 +77,7 @@ STABLE_TORCH_LIBRARY(skvq, m) {
       "Tensor(a!)? workspace=None, *, str k_format, str v_format, int group, str meta, str arrangement, int window, "
       "float softmax_scale, int "
       "sliding_window=0, "
-      "float softcap=0.0, bool queries_in_cache=True, bool exact=True) -> (Tensor out, Tensor lse)");
+      "float softcap=0.0, bool queries_in_cache=True, bool exact=False) -> (Tensor out, Tensor lse)");
   m.def(
       "decode_workspace_bytes(Tensor q, Tensor? cu_seqlens_q, Tensor pages, Tensor page_table, Tensor sink_k, Tensor "
       "sink_v, Tensor ring_k, Tensor ring_v, Tensor kv_len, Tensor exponents, *, str k_format, str v_format, int "

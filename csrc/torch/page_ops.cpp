@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> unpack_pages(const Tensor& pages, const Tensor& page_
   a.num_pages = static_cast<int>(page_ids.size(0));
   a.num_kv_heads = static_cast<int>(pages.size(1));
   const auto values = [&] {
-    return torch::stable::new_empty(pages, {page_ids.size(0), pages.size(1), kTileTokens, head_dim}, ScalarType::Float);
+    return new_tensor(pages, {page_ids.size(0), pages.size(1), kTileTokens, head_dim}, ScalarType::Float);
   };
   Tensor k = values(), v = values();
   a.pages = static_cast<const std::uint8_t*>(pages.const_data_ptr());

@@ -96,9 +96,9 @@ std::tuple<Tensor, Tensor> quantize_pack(const Tensor& x, const Tensor& group_st
                  "; a clip ratio is above 0 and at most 1");
     }
   }
-  Tensor codes = torch::stable::new_empty(x, {a.num_rows, a.row_bytes}, ScalarType::Byte);
-  Tensor metas = torch::stable::new_empty(x, {a.num_rows, a.num_groups, 2},
-                                          a.meta_type == Meta::kE4m3 ? ScalarType::Float8_e4m3fn : ScalarType::Half);
+  Tensor codes = new_tensor(x, {a.num_rows, a.row_bytes}, ScalarType::Byte);
+  Tensor metas = new_tensor(x, {a.num_rows, a.num_groups, 2},
+                            a.meta_type == Meta::kE4m3 ? ScalarType::Float8_e4m3fn : ScalarType::Half);
   const Tensor starts = groups_near(group_start, x, place);
   a.x = x.const_data_ptr();
   a.group_start = starts.const_data_ptr<std::int32_t>();
@@ -124,7 +124,7 @@ Tensor dequantize_unpack(const Tensor& codes, const Tensor& meta, const Tensor& 
   check_tensor(codes, "codes", ScalarType::Byte, {-1, a.row_bytes}, place);
   a.num_rows = codes.size(0);
   check_tensor(meta, "meta", meta.scalar_type(), {a.num_rows, a.num_groups, 2}, place);
-  Tensor out = torch::stable::new_empty(codes, {a.num_rows, a.num_channels}, ScalarType::Float);
+  Tensor out = new_tensor(codes, {a.num_rows, a.num_channels}, ScalarType::Float);
   const Tensor starts = groups_near(group_start, codes, place);
   a.group_start = starts.const_data_ptr<std::int32_t>();
   a.codes = const_cast<std::uint8_t*>(static_cast<const std::uint8_t*>(codes.const_data_ptr()));
@@ -145,8 +145,8 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a
   check_tensor(out_b, "out_b", out_a.scalar_type(), {tokens, heads, dim}, place);
   check_tensor(lse_a, "lse_a", ScalarType::Float, {tokens, heads}, place);
   check_tensor(lse_b, "lse_b", ScalarType::Float, {tokens, heads}, place);
-  Tensor out = torch::stable::new_empty(out_a, {tokens, heads, dim});
-  Tensor lse = torch::stable::new_empty(lse_a, {tokens, heads});
+  Tensor out = new_tensor(out_a, {tokens, heads, dim}, out_a.scalar_type());
+  Tensor lse = new_tensor(lse_a, {tokens, heads}, ScalarType::Float);
   a.out_a = out_a.const_data_ptr();
   a.out_b = out_b.const_data_ptr();
   a.lse_a = lse_a.const_data_ptr<float>();

@@ -42,7 +42,7 @@ def enable(model: _Model) -> _Model:
 
 def attach(keys: Tensor, layer: SkvqHFLayer) -> Tensor:
     """The keys, as another tensor object that carries the layer they were given to."""
-    keys = keys.view_as(keys)
+    keys = keys.detach()  # no gradients get here, and no other view is made as fast
     setattr(keys, _LAYER, layer)
     return keys
 
@@ -97,10 +97,10 @@ def attention(
     """
     layer: SkvqHFLayer | None = getattr(key, _LAYER, None)
     how = exact.Softmax(
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap or 0.0,
-        learned_sinks=None if s_aux is None else s_aux.float(),
-        sliding_window=0 if layer is None else layer.sliding_window,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap or 0.0,
+        None if s_aux is None else s_aux.float(),
+        0 if layer is None else layer.sliding_window,
     )
     if layer is not None:
         _check(layer, dropout, sliding_window, kwargs)
@@ -122,11 +122,10 @@ def _packed(
     how: exact.Softmax,
 ) -> Tensor:
     """Attention through a packed layer, with padding dropped on the way in."""
-    batch_size, columns = query.shape[0], query.shape[2]
+    batch_size, num_q_heads, columns, head_dim = query.shape
     if attention_mask is None:
-        q, k, v = rows_of(query), rows_of(key), rows_of(value)
-        out = layer.attend(q, k, v, None, columns, how)
-        return out.view(batch_size, columns, *out.shape[1:])
+        out = layer.attend(rows_of(query), rows_of(key), rows_of(value), None, columns, how)
+        return out.view(batch_size, columns, num_q_heads, head_dim)
     padding = layer.state.padding
     if padding is None or attention_mask.shape != (batch_size, columns):
         raise ValueError(
