@@ -128,7 +128,7 @@ void pack_strip(const RecordFormat& format, Side side, const SideSource& source,
   const TensorFormat& tensor = format.side(side);
   const Group group = tensor.group_at(g);
   const Band& band = tensor.bands[group.band];
-  const int levels = traits(band.code).levels, channels = group.end - group.begin;
+  const int levels = traits(band.code).levels, channels = group.end - group.begin, groups = tensor.num_groups();
   const bool tokens = lanes_are_tokens(side, band.code);
   Strip strip;
   with_dtype(source.dtype, [&]<DType D>() {
@@ -137,19 +137,16 @@ void pack_strip(const RecordFormat& format, Side side, const SideSource& source,
   });
   const auto make = format.meta == Meta::kE4m3 ? make_quantizers<Meta::kE4m3> : make_quantizers<Meta::kFp16>;
   make(source.clip[g], levels, source.exponents, strip);
+  std::uint8_t* meta = record + format.meta_offset(side);
   for (int t = 0; t < 16; ++t) {
-    const auto store = [&](int which, std::uint16_t bits) {
-      const int index = Arrangement::meta(tensor.num_groups(), tb * 16 + t, g, which);
-      store_meta(format.meta, record + format.meta_offset(side), index, bits);
-    };
-    store(0, strip.scale_bits[t]);
-    store(1, strip.zero_bits[t]);
+    store_meta(format.meta, meta, Arrangement::meta(groups, tb * 16 + t, g, 0), strip.scale_bits[t]);
+    store_meta(format.meta, meta, Arrangement::meta(groups, tb * 16 + t, g, 1), strip.zero_bits[t]);
   }
+  std::uint8_t* out = record + format.band_offset(side, group.band);
   for (int block = 0; block < channels / 16; ++block) {
     Block codes;
     (tokens ? quantize_block<true> : quantize_block<false>)(strip, block, levels, codes);
-    put_block<Arrangement>(side, band, tb, (group.begin - band.begin) / 16 + block, codes,
-                           record + format.band_offset(side, group.band));
+    put_block<Arrangement>(side, band, tb, (group.begin - band.begin) / 16 + block, codes, out);
   }
 }
 

@@ -33,9 +33,19 @@ bool values_are_finite(const RowTile& tile, int head_dim) {
   return sum(nan) == 0.0f;
 }
 
+// Rows of one head lie far apart, which processors do not foresee.
+template <DType D>
+SKVQ_FN void prefetch_row(const char* row, int head_dim) {
+  for (int byte = 0; byte < head_dim * dtype_bytes(D); byte += 64) __builtin_prefetch(row + byte);
+}
+
 template <DType D, int R>
 void row_logits(int head_dim, const RowBlock& block, int row, const RowTile& tile, float s[][kTileTokens]) {
+  constexpr int kAhead = 8;
+  for (int t = 0; t < min_int(kAhead, tile.count); ++t) prefetch_row<D>(tile.k[t], head_dim);
   for (int t = 0; t < tile.count; ++t) {
+    if (t + kAhead < tile.count) prefetch_row<D>(tile.k[t + kAhead], head_dim);
+    prefetch_row<D>(tile.v[t], head_dim);  // read next
     Floats dot[R] = {};
     for (int c = 0; c < head_dim; c += kVector) {
       const Floats k = load_as<D>(tile.k[t], c);
