@@ -20,7 +20,7 @@ Aligned<T> aligned(std::size_t n) {
 }
 
 // Memory of one thread that is kept for the next item and the next call: asking the system for it each time takes
-// longer than a short context. At most 0.3 MB, at head_dim 512.
+// longer than a short context. At most 0.35 MB, at head_dim 512.
 class Arena {
  public:
   void reserve(std::size_t bytes) {
