@@ -36,7 +36,7 @@ Timing measure(int warmup, int repetitions, Prepare&& prepare, Body&& body) {
 }
 
 // Clock of the core that runs this, in cycles per second, from multiplications that wait for each other: three cycles
-// each on every x86-64 and AArch64 core of the last ten years. The fastest of several tries.
+// each on x86-64. The fastest of several tries.
 inline double core_frequency() {
   constexpr int kProducts = 1 << 22, kTries = 8;
   volatile std::uint64_t seed = 3;

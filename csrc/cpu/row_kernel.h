@@ -7,7 +7,7 @@ namespace skvq::cpu {
 inline namespace SKVQ_ISA {
 
 struct RowTile {
-  int first, count;  // position of the first token, tokens there are
+  int count;  // tokens there are
   const char *k[kTileTokens], *v[kTileTokens];
 };
 
@@ -15,7 +15,6 @@ struct RowTile {
 inline void find_rows(const CacheView& c, int sequence, int head, bool sinks, int first, int end, RowTile& tile) {
   const char* k = static_cast<const char*>(sinks ? c.sink_k : c.ring_k);
   const char* v = static_cast<const char*>(sinks ? c.sink_v : c.ring_v);
-  tile.first = first;
   tile.count = min_int(kTileTokens, end - first);
   for (int t = 0; t < tile.count; ++t) {
     const std::int64_t row = sinks ? c.sink_row(sequence, first + t, head) : c.ring_row(sequence, first + t, head);

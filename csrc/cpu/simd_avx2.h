@@ -26,7 +26,6 @@ struct Simd {
   static constexpr bool supports(Code code) { return traits(code).levels <= 8; }
 
   SKVQ_FN static Sum zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-  SKVQ_FN static Narrow narrow_zero() { return zero(); }
   SKVQ_FN static Sum widen(Sum sum, Narrow part) {
     for (int h = 0; h < 2; ++h) {
       sum.half[h] = _mm256_add_epi32(sum.half[h], _mm256_madd_epi16(part.half[h], _mm256_set1_epi16(1)));

@@ -33,7 +33,6 @@ struct Simd {
   static constexpr bool supports(Code) { return true; }
 
   SKVQ_FN static Sum zero() { return _mm512_setzero_si512(); }
-  SKVQ_FN static Narrow narrow_zero() { return _mm512_setzero_si512(); }
   SKVQ_FN static Sum widen(Sum sum, Narrow part) { return _mm512_add_epi32(sum, part); }
   SKVQ_FN static void to_float(Sum s, Floats (&lanes)[1]) { lanes[0] = (Floats)_mm512_cvtepi32_ps(s); }
 
