@@ -46,8 +46,8 @@ class SkvqCache:
         """Args: plan from calibration, None = Hadamard and a fixed clip; dtype float32, float16 or
         bfloat16 (on CUDA one of the last two), of k, v, q, sinks and window; max_len, tokens per
         sequence to allocate for at once, None = grow as needed; sliding_window, tokens a query
-        sees, 0 = all, or one per layer; exact, on the CPU read packed pages in float32, several
-        times slower than by integer products (see `ops.decode_attention`).
+        sees, 0 = all, or one per layer; exact, on the CPU read packed pages in float32, at
+        about half the speed of integer products (see `ops.decode_attention`).
         Raises: ValueError where scheme, plan and sizes do not fit together, or the device has no
         kernel for scheme and dtype."""
         windows = (

@@ -280,7 +280,7 @@ class SkvqHFCache(Cache):
     ) -> None:
         """Args: a model, whose attention implementation becomes "skvq", or its configuration;
         scheme; plan from calibration, None = Hadamard and a fixed clip; exact, on the CPU read
-        packed pages in float32, several times slower than by integer products (see
+        packed pages in float32, at about half the speed of integer products (see
         `ops.decode_attention`). Batch size, dtype and device are taken from the first forward.
         Raises: ValueError for attention that cannot be packed, or a plan that does not fit."""
         config: Any = model_or_config

@@ -70,9 +70,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor, how: Softmax) -> tuple[Tensor, Tenso
     size = max(1, min(n, max(64, reach), _BLOCK_LOGITS // (num_q_heads * max(1, reach))))
     for first in range(0, n, size):
         last, begin = min(n, first + size), max(0, first - reach + 1)
-        offset = (
-            first - begin
-        )  # key c of the block lies at begin + c, query r at begin + offset + r
+        # Key c of the block lies at begin + c, query r at begin + offset + r.
+        offset = first - begin
         seen = torch.ones(last - first, last - begin, dtype=torch.bool, device=q.device)
         seen = seen.tril_(offset).triu_(offset - reach + 1)
         out[first:last], lse[first:last] = _over_block(
