@@ -25,7 +25,7 @@ void append(const AppendArgs& a, const Parallel& parallel) {
     pack.flush_tile(a, flush.sequence, static_cast<int>(i % heads), flush.tile);
   });
   // Only now may the ring be overwritten.
-  const std::int64_t copy_ns = 50 + a.tokens.num_tokens / c.batch * c.head_dim / 4;
+  const std::int64_t copy_ns = 50 + a.tokens.num_tokens / max_int(1, c.batch) * c.head_dim / 4;
   for_each(parallel, static_cast<std::int64_t>(c.batch) * heads, copy_ns,
            [&](std::int64_t i) { pack.store_rows(a, static_cast<int>(i / heads), static_cast<int>(i % heads)); });
   for (int b = 0; b < c.batch; ++b) c.kv_len[b] += a.tokens.length(b);
