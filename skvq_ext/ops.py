@@ -119,9 +119,8 @@ def decode_attention(
         softcap: c of c * tanh(logit / c); 0 for none.
         exact: on the CPU read packed tiles in float32. False: multiply codes with queries and probabilities
             rounded to 7 or 8 bits, 14 or 16 for wide codes: about twice as fast, an error of 1 to 3 % of that
-            of the codes (docs/numerics.md). On CUDA
-            both are the same: tensor-core products of halves, summed in float32, with exact codes and
-            queries and probabilities rounded to 11 bits.
+            of the codes (docs/numerics.md). On CUDA both are the same: tensor-core products of halves, summed
+            in float32, with exact codes and queries and probabilities rounded to 11 bits.
         workspace: uint8 [decode_workspace_bytes(...)], scratch memory for CUDA; None: allocated here.
 
     Returns:
