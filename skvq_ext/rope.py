@@ -34,7 +34,7 @@ class Rope:
     apply: Callable[..., tuple[Tensor, Tensor]]  # the model's apply_rotary_pos_emb
     layer_types: tuple[str | None, ...]  # what `module` wants to be told per layer, None = nothing
     rotated: tuple[bool, ...]  # per layer
-    depends_on_length: bool  # longrope: other frequencies for long sequences
+    switches_at: int  # longrope: longer sequences have other frequencies; 0 = never
 
     @classmethod
     def of(cls, model: Any) -> Rope:
@@ -66,8 +66,9 @@ class Rope:
         count = config.num_hidden_layers
         by_type = "layer_type" in inspect.signature(module.forward).parameters
         types = tuple(config.layer_types[:count]) if by_type else (None,) * count
-        rope = cls(module, apply, types, (True,) * count, "longrope" in kinds)
-        return cls(module, apply, types, rope._probe(model), rope.depends_on_length)
+        switches_at = _switch(config) if "longrope" in kinds else 0
+        rope = cls(module, apply, types, (True,) * count, switches_at)
+        return cls(module, apply, types, rope._probe(model), switches_at)
 
     def rotate(self, x: Tensor, positions: Tensor, layer: int, length: int = 0) -> Tensor:
         """Puts RoPE on: what the model's attention makes of a key or query at these positions.
@@ -166,6 +167,14 @@ def _kinds(module: Any) -> set[str]:
     """The rope_type of the module, or of each kind of layer."""
     kinds = getattr(module, "rope_type", "default")
     return set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+
+
+def _switch(config: Any) -> int:
+    """Tokens up to which longrope keeps its short factors."""
+    parameters = config.rope_parameters
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    found = [one.get("original_max_position_embeddings", 0) for one in nested or [parameters]]
+    return int(max(found))
 
 
 def _keys(model: Any, ids: Tensor, positions: Tensor) -> list[Tensor]:

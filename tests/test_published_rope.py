@@ -117,7 +117,8 @@ def test_lengths_keep_their_scaling() -> None:
 
 def test_frequencies_of_longrope_follow_the_length() -> None:
     rope = Rope.of(makers()["phi3"]())
-    assert rope.depends_on_length
+    assert rope.switches_at == 256
+    assert Rope.of(makers()["yarn"]()).switches_at == 0
     x, positions = torch.randn(2, 6, 64), torch.arange(6)
     short, long = (rope.rotate(x, positions, 0, length=n) for n in (200, 300))
     assert not torch.allclose(short, long, atol=1e-2)
