@@ -20,11 +20,17 @@ class Method(Protocol):
     chunk: most tokens of one forward that read what single steps would read.
     """
 
-    name: str
-    bits: float
-    packed: bool
-    protocol: str
-    chunk: int
+    # Properties, so that frozen methods are methods too.
+    @property
+    def name(self) -> str: ...
+    @property
+    def bits(self) -> float: ...
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def protocol(self) -> str: ...
+    @property
+    def chunk(self) -> int: ...
 
     def cache(self, model: Any) -> Any:
         """A new, empty transformers cache for `model`."""
