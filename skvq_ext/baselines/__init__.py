@@ -1,0 +1,1 @@
+"""Other methods of the literature under this library's protocol: simulated, for evaluation only."""
