@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from skvq_ext.evaluate.command import evaluate
+
 # torch and transformers take seconds to import: only the commands that need them do.
 if TYPE_CHECKING:
     from skvq_ext.models import LanguageModel
@@ -218,6 +220,9 @@ def calibrate(
         made = make_plan(loaded.model, ids, parsed, max_tokens=tokens, progress=step)
     made.save(output)
     report.say(f"{output}: plan of {loaded.name} for {made.scheme}, from {ids.shape[1]} tokens")
+
+
+app.command("eval")(evaluate)
 
 
 def _scheme(text: str) -> Scheme:

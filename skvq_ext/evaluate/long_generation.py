@@ -113,6 +113,7 @@ def nucleus(seed: int) -> Choose:
     return choose
 
 
+@torch.inference_mode()
 def _write(
     subject: Subject, method: Method, prompt: Passage, tokens: int, choose: Choose, how: str
 ) -> list[int]:
@@ -128,20 +129,22 @@ def _write(
             logits = reader.read(prompt.ids[:, part])
             add(part.stop - part.start)
         while True:
-            last = logits[-1].cpu()
-            last[banned] = -torch.inf
-            written.append(choose(last))
+            written.append(choose(logits[-1].cpu().index_fill(0, banned, -torch.inf)))
             add(1)
             if len(written) == tokens:
                 return written
             logits = reader.read(prompt.ids.new_tensor([[written[-1]]]))
 
 
-def _special(subject: Subject) -> list[int]:
-    """Tokens that end a text or stand for no text."""
+def _special(subject: Subject) -> Tensor:
+    """Tokens that end a text or stand for no text, int64."""
     ends = getattr(subject.model.generation_config, "eos_token_id", None)
-    ends = ends if isinstance(ends, list) else [ends]
-    return sorted({*subject.loaded.tokenizer.all_special_ids, *(e for e in ends if e is not None)})
+    found = {
+        *subject.loaded.tokenizer.all_special_ids,
+        *(ends if isinstance(ends, list) else [ends]),
+    }
+    vocabulary = subject.model.config.get_text_config(decoder=True).vocab_size
+    return torch.tensor(sorted(i for i in found if i is not None and i < vocabulary)).long()
 
 
 @torch.inference_mode()

@@ -30,7 +30,8 @@ class _Part:
 
 @dataclass(frozen=True)
 class Text(_Part):
-    """A text that was used. tokens: of the whole text; sha256: hexadecimal, of its UTF-8 bytes."""
+    """A text that was used. tokens: of the whole text, of a calibration text those that were used;
+    sha256: hexadecimal, of its UTF-8 bytes, all of them."""
 
     name: str
     tokens: int
