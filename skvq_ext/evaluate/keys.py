@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,15 @@ from skvq_ext.format import TILE_TOKENS
 from skvq_ext.hf.cache import SkvqHFLayer
 from skvq_ext.layer_cache import LayerCache
 from skvq_ext.pages import packed_tiles
+
+
+@runtime_checkable
+class ReadsKeys(Protocol):
+    """A layer of a cache whose `update` does not return all keys, but that can tell them."""
+
+    def read_keys(self) -> Tensor:
+        """All keys as the newest token's query reads them, [num_kv_heads, tokens, head_dim]."""
+        ...
 
 
 def read_logits(
@@ -27,25 +36,25 @@ def read_logits(
     if isinstance(layer, SkvqHFLayer):
         assert layer.cache is not None
         return _packed_logits(layer.cache, query, scale, seen)
-    if returned.shape[2] < seen:
+    keys = layer.read_keys() if isinstance(layer, ReadsKeys) else returned[0]
+    if keys.shape[1] < seen:
         return None
-    return _dots(query.float(), returned[0, :, -seen:].float(), scale)
+    return scaled_dots(query, keys[:, -seen:], scale)
 
 
-def exact_logits(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """As `read_logits`, of exact keys [num_kv_heads, seen, head_dim]."""
-    return _dots(query.float(), keys.float(), scale)
+def scaled_dots(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """scale * q . k of query [num_q_heads, head_dim] and keys [num_kv_heads, n, head_dim].
 
-
-def _dots(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    grouped = query.view(keys.shape[0], -1, keys.shape[2])
-    return (grouped @ keys.mT).flatten(0, 1) * scale
+    Returns: f32 [num_q_heads, n].
+    """
+    grouped = query.float().view(keys.shape[0], -1, keys.shape[2])
+    return (grouped @ keys.float().mT).flatten(0, 1) * scale
 
 
 def _packed_logits(cache: LayerCache, query: Tensor, scale: float, seen: int) -> Tensor:
     """The shift of the keys, which their rows lack, is added as attention adds it."""
     keys = packed_keys(cache, seen)
-    logits = _dots(cache.door.map_q(query[None])[0].float(), keys, scale)
+    logits = scaled_dots(cache.door.map_q(query[None])[0], keys, scale)
     shift = cache.door.logit_shift(query[None], scale)
     return logits if shift is None else logits + shift[0, :, None]
 

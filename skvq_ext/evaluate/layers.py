@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from skvq_ext.evaluate.keys import exact_logits, read_logits
+from skvq_ext.evaluate.keys import read_logits, scaled_dots
 from skvq_ext.evaluate.method import Method
 from skvq_ext.evaluate.result import Grid, LayersResult, MethodLayers
 from skvq_ext.evaluate.subject import READING, EvaluationError, Passage, Subject, chunks, opened
@@ -201,7 +201,7 @@ class _Twin:
         if found is None:
             self._readable = False
             return
-        error = (found - exact_logits(query, keys[:, -seen:], scale)).abs()
+        error = (found - scaled_dots(query, keys[:, -seen:], scale)).abs()
         self._logits[layer] += error.double().sum(-1).cpu()
         self._pairs[layer] += seen
 
