@@ -1,6 +1,6 @@
 """GEAR: rounded values, plus a few outliers kept apart, plus a low-rank matrix for what is missing.
 
-Source: arXiv 2403.05527, section 3 and algorithm 1: outliers are the largest and smallest members of
+Source: arXiv 2403.05527, X = quantized + low-rank + sparse: outliers are the largest and smallest members of
 each vector (K: a channel, V: a token), the backbone is KIVI's, the residual of each head is
 approximated with rank r by power iteration. Here the low-rank factors come from a singular value
 decomposition, which is at least as good, and cover the tokens that leave the window together (64, or

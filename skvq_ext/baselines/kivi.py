@@ -1,6 +1,6 @@
 """KIVI: keys share a scale per channel over some tokens, values per token over some channels.
 
-Source: arXiv 2402.02750, section 3.2 and algorithm 1; groups of 32 and fp16 metadata as in its
+Source: arXiv 2402.02750, algorithm 1; groups of 32 and fp16 metadata as in its
 repository (3.0 bits at 2 bits). KIVI keeps the newest 0 .. 127 keys and exactly 128 values exact and
 no sinks; here the window and the sinks are those of all methods (sink0 takes the sinks away).
 """

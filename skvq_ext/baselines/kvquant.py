@@ -1,6 +1,6 @@
 """KVQuant: uneven levels made offline, keys per channel before RoPE, outliers kept apart.
 
-Source: arXiv 2401.18079, sections 3.1 to 3.5, and its repository (quant/kvquant). Keys: each channel
+Source: arXiv 2401.18079 and its repository (quant/kvquant/simquant_module_quantizer.py). Keys: each channel
 has a range from calibration (quantiles), numbers outside are outliers. Values: each token has its
 range, with as many of its largest and smallest numbers kept apart. Levels ("nuq"): K-Means of one
 dimension over all numbers of a layer after their range is divided out, weighted by the square of
@@ -132,35 +132,69 @@ def fit_levels(x: Tensor, weights: Tensor | None, width: int, seed: int) -> Leve
     return Levels(edges, ((edges - rounded.mean()) * stretch + some.mean()).float())
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    """What calibration finds for one layer; share: of numbers outside ranges that were made without
+    them, which is what unseen text will have."""
+
+    low: Tensor
+    high: Tensor
+    k_levels: Levels
+    v_levels: Levels
+    share: float
+
+
 def build(options: KvQuantOptions, source: Source) -> Method:
     """Calibrates ranges and levels."""
     if not 0.0 <= options.outliers < 100.0:
         raise BaselineError(f"outliers{options.outliers:g}: give a percentage below 100.")
     hidden = source.geometry.num_kv_heads * source.geometry.head_dim
     ends = ends_of(hidden, options.outliers)
-    k_width, v_width = int(options.k), int(options.v)
-    lows, highs, k_levels, v_levels = [], [], [], []
-    for layer, rows in enumerate(source.rows(options.sink, options.weights == "fisher")):
-        keys = source.keys(rows, layer, options.rope)
-        share = options.outliers / 200
-        low, high = keys.quantile(share, 1, keepdim=True), keys.quantile(1 - share, 1, keepdim=True)
-        lows.append(low)
-        highs.append(high)
-        weights = _weights(rows, layer, options, source)
-        k_levels.append(_levels(keys, low, high, weights[0], k_width, source.seed))
-        tokens = across_heads(rows.v)
-        low, high = ends_without(tokens, extremes(tokens, ends))
-        v_levels.append(_levels(tokens, low, high, weights[1], v_width, source.seed))
-    k = KeyCoder(k_width, tuple(lows), tuple(highs), tuple(k_levels))
-    pair = Pair(source.key_coder(k, options.rope), ValueCoder(v_width, ends, tuple(v_levels)))
+    rows = source.rows(options.sink, options.weights == "fisher")
+    fitted = [_fit(some, layer, ends, options, source) for layer, some in enumerate(rows)]
+    k = KeyCoder(
+        int(options.k),
+        tuple(layer.low for layer in fitted),
+        tuple(layer.high for layer in fitted),
+        tuple(layer.k_levels for layer in fitted),
+    )
+    v = ValueCoder(int(options.v), ends, tuple(layer.v_levels for layer in fitted))
+    pair = Pair(source.key_coder(k, options.rope), v)
     apart = VALUE_BITS + INDEX_BITS
-    k_bits = k_width + options.outliers / 100 * apart + _COUNT_BITS / hidden
-    v_bits = v_width + 2 * ends / hidden * apart + 2 * VALUE_BITS / hidden
+    share = sum(layer.share for layer in fitted) / len(fitted)
+    k_bits = k.width + share * apart + _COUNT_BITS / hidden
+    v_bits = v.width + 2 * ends / hidden * apart + 2 * VALUE_BITS / hidden
     deviations = (
-        f"keys {options.rope}-RoPE, levels {options.weights}; outliers of K as many as in "
-        f"calibration, {2 * ends} of {hidden} of V; tables, once per model, are not counted"
+        f"keys {options.rope}-RoPE, levels {options.weights}; {100 * share:.1f} % of K kept apart on "
+        f"text unseen by calibration, {2 * ends} of {hidden} of V; tables, once per model, are not "
+        "counted"
     )
     return Simulated.of("kvquant", options, average(k_bits, v_bits), lambda: pair, deviations)
+
+
+def _fit(
+    rows: LayerRows, layer: int, ends: int, options: KvQuantOptions, source: Source
+) -> _Fitted:
+    keys = source.keys(rows, layer, options.rope)
+    low, high = ranges(keys, options.outliers)
+    k_weights, v_weights = _weights(rows, layer, options, source)
+    k_levels = _levels(keys, low, high, k_weights, int(options.k), source.seed)
+    tokens = across_heads(rows.v)
+    inner = ends_without(tokens, extremes(tokens, ends))
+    v_levels = _levels(tokens, *inner, v_weights, int(options.v), source.seed)
+    first, second = keys.tensor_split(2, dim=1)
+    least, most = ranges(first, options.outliers)
+    share = ((second < least) | (second > most)).double().mean()
+    return _Fitted(low, high, k_levels, v_levels, float(share))
+
+
+def ranges(keys: Tensor, percent: float) -> tuple[Tensor, Tensor]:
+    """Ends of each channel's range, outside of which `percent` of its numbers lie, half each side.
+
+    Args: keys f32 [H, n, D]. Returns: f32 [H, 1, D] each.
+    """
+    share = percent / 200
+    return keys.quantile(share, 1, keepdim=True), keys.quantile(1 - share, 1, keepdim=True)
 
 
 def _weights(

@@ -17,7 +17,7 @@ from skvq_ext.geometry import Geometry
 from skvq_ext.rope import Rope
 
 
-@dataclass
+@dataclass(frozen=True)
 class Simulated:
     """A method (see `skvq_ext.evaluate.method`) that stores nothing packed.
 

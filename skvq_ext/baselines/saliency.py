@@ -1,9 +1,9 @@
 """Salient tokens get more bits: ZipCache, and the idea of "No Token Left Behind".
 
-Sources: arXiv 2405.14256, section 4.2 (saliency of a token = mean attention it gets from the queries
-that could see it) and 4.3 (a few probe queries suffice), quantizers as in section 4.1: K per channel,
-V per token after division by sqrt(max|channel|), salient and other tokens apart; arXiv 2402.18096
-(less important tokens keep low bits instead of being dropped). This is the filter rule that SKVQ
+Sources: arXiv 2405.14256 and its repository: saliency of a token = mean attention it gets from the
+queries that could see it ("normalized attention score"), of which a few ("probe tokens") suffice;
+K per channel, V "channel-separable" per token after division by sqrt(max|channel|), salient and
+other tokens apart. arXiv 2402.18096: less important tokens keep low bits instead of being dropped. This is the filter rule that SKVQ
 leaves open (heavy hitters), decided once, when a tile leaves the window. ZipCache decides over the
 whole cache again every 100 tokens.
 """
@@ -135,7 +135,7 @@ def per_channel(x: Tensor, width: str) -> Coded:
 
 def separable(x: Tensor, width: str) -> Coded:
     """Channel-separable per token: all channels of a token share a scale and a zero, after each was
-    divided by the root of its largest magnitude (arXiv 2405.14256, section 4.1).
+    divided by the root of its largest magnitude (arXiv 2405.14256).
 
     Args: x f32 [H, tokens, D].
     """
