@@ -3,9 +3,9 @@
 Sources: arXiv 2405.14256 and its repository: saliency of a token = mean attention it gets from the
 queries that could see it ("normalized attention score"), of which a few ("probe tokens") suffice;
 K per channel, V "channel-separable" per token after division by sqrt(max|channel|), salient and
-other tokens apart. arXiv 2402.18096: less important tokens keep low bits instead of being dropped. This is the filter rule that SKVQ
-leaves open (heavy hitters), decided once, when a tile leaves the window. ZipCache decides over the
-whole cache again every 100 tokens.
+other tokens apart. arXiv 2402.18096: less important tokens keep low bits instead of being dropped.
+This is the filter rule that SKVQ leaves open (heavy hitters), decided once, when a tile leaves the
+window. ZipCache decides over the whole cache again every 100 tokens.
 """
 
 from __future__ import annotations
