@@ -1,8 +1,9 @@
 """RPTQ: channels of similar range are put together, and each cluster has its own scale and zero.
 
 Source: arXiv 2304.01089 (K-Means over the minimum and maximum of each channel), as SKVQ's tables
-use it (its repository's "rptq": reorder and pre_rope, no clip, scales per token). Clusters reach across the KV heads of a layer and are uneven. RPTQ's own scales are static, made
-once; here they are made per token, which is more accurate and costs the bits that are counted.
+use it (its repository's "rptq": reorder and pre_rope, no clip, scales per token). Clusters reach
+across the KV heads of a layer and are uneven. RPTQ's own scales are static, made once; here they are
+made per token, which is more accurate and costs the bits that are counted.
 """
 
 from __future__ import annotations
