@@ -11,9 +11,10 @@ from skvq_ext.door import Door
 from skvq_ext.geometry import Geometry
 from skvq_ext.layer_cache import LayerCache, readable_format
 from skvq_ext.memory import memory
-from skvq_ext.plan import Plan
+from skvq_ext.plan import LayerPlan, Plan, parts_of
 from skvq_ext.ragged import Ragged
 from skvq_ext.scheme import Scheme
+from skvq_ext.split_cache import make_layer_cache
 
 __all__ = ["DEFAULT_SCHEME", "LayerCache", "Ragged", "SkvqCache"]
 
@@ -34,7 +35,7 @@ class SkvqCache:
         num_kv_heads: int,
         head_dim: int,
         *,
-        scheme: str | Scheme = DEFAULT_SCHEME,
+        scheme: str | Scheme | None = None,
         plan: Plan | None = None,
         batch_size: int = 1,
         dtype: torch.dtype = torch.float32,
@@ -43,7 +44,8 @@ class SkvqCache:
         sliding_window: int | Sequence[int] = 0,
         exact: bool = False,
     ) -> None:
-        """Args: plan from calibration, None = Hadamard and a fixed clip; dtype float32, float16 or
+        """Args: scheme, None = that of the plan, or DEFAULT_SCHEME without one; plan from
+        calibration, None = Hadamard and a fixed clip; dtype float32, float16 or
         bfloat16 (on CUDA one of the last two), of k, v, q, sinks and window; max_len, tokens per
         sequence to allocate for at once, None = grow as needed; sliding_window, tokens a query
         sees, 0 = all, or one per layer; exact, on the CPU read packed pages in float32, at
@@ -61,11 +63,18 @@ class SkvqCache:
             raise ValueError(f"dtype {dtype} is not supported; use float32, float16 or bfloat16.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        readable_format(self.scheme, head_dim, dtype, device)  # before anything is allocated there
-        distinct = {id(layer): layer for layer in plan.layers}  # a default plan repeats one
+        formats = {
+            part.scheme(self.scheme)
+            for layer in plan.layers
+            for part in parts_of(layer, self.scheme, num_kv_heads)
+        }
+        for each in sorted(formats, key=str):  # before anything is allocated there
+            readable_format(each, head_dim, dtype, device)
+        # a default plan repeats one layer
+        distinct = {id(layer): layer for layer in plan.layers if isinstance(layer, LayerPlan)}
         doors = {key: Door(layer, num_q_heads, device) for key, layer in distinct.items()}
         self.layers = [
-            LayerCache(
+            make_layer_cache(
                 layer,
                 self.scheme,
                 num_q_heads=num_q_heads,
@@ -75,7 +84,7 @@ class SkvqCache:
                 max_len=max_len,
                 sliding_window=window,
                 exact=exact,
-                door=doors[id(layer)],
+                door=doors.get(id(layer)),
             )
             for layer, window in zip(plan.layers, windows, strict=True)
         ]
@@ -135,11 +144,12 @@ class SkvqCache:
         Everything lies at new addresses afterwards: graphs captured before must be captured again.
         Returns: itself. Raises: ValueError where the device has no kernel for scheme and dtype.
         """
-        old = {id(layer.door): layer.door for layer in self.layers}  # layers may share one
+        parts = [part for layer in self.layers for part in layer.parts]
+        old = {id(part.door): part.door for part in parts}  # layers may share one
         moved: dict[int, Tensor] = {}  # and doors their Hadamard matrices
         new = {key: door.to(device, moved) for key, door in old.items()}
         for layer in self.layers:
-            layer.to(device, new[id(layer.door)])
+            layer.to(device, new)
         return self
 
     def reset(self) -> None:
@@ -187,11 +197,15 @@ def check_rows(indices: Tensor | Sequence[int], batch_size: int) -> list[int]:
     return rows
 
 
-def resolve(scheme: str | Scheme, plan: Plan | None, geometry: Geometry) -> tuple[Scheme, Plan]:
+def resolve(
+    scheme: str | Scheme | None, plan: Plan | None, geometry: Geometry
+) -> tuple[Scheme, Plan]:
     """The scheme, and the plan of all layers: the given one if it fits, else the default one.
 
-    Raises: SchemeError, PlanError.
+    Without a scheme that of the plan is taken, or the default one. Raises: SchemeError, PlanError.
     """
+    if scheme is None:
+        scheme = DEFAULT_SCHEME if plan is None else plan.scheme
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     if plan is None:
         return scheme, Plan.default(geometry, scheme)

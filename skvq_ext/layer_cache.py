@@ -7,7 +7,7 @@ of 64 tokens. K and V enter through the layer's door, q and the output take the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -102,6 +102,11 @@ class LayerCache:
         )
 
     @property
+    def parts(self) -> tuple[LayerCache, ...]:
+        """Itself: all heads share their formats."""
+        return (self,)
+
+    @property
     def batch_size(self) -> int:
         """Sequences."""
         return self._one_each.batch_size
@@ -119,9 +124,7 @@ class LayerCache:
         cu_seqlens[b] : cu_seqlens[b + 1], None = equally many each.
         Raises: ValueError or RuntimeError, and then nothing has changed.
         """
-        tokens = self._layout(cu_seqlens, k.shape[0])
-        self._check(k, v)
-        self._check_room(tokens)
+        tokens = self.check_append(k, v, cu_seqlens)
         k, v = self.door.map_k(k), self.door.map_v(v)
         if not self.sliding_window or not tokens.longer_than(self._piece):
             self._append(k, v, tokens)
@@ -129,6 +132,22 @@ class LayerCache:
         for rows, piece in tokens.pieces(self._piece):
             index = rows.to(k.device)
             self._append(k.index_select(0, index), v.index_select(0, index), piece)
+
+    def check_append(
+        self,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | Ragged | None = None,
+        num_kv_heads: int | None = None,
+    ) -> Ragged:
+        """Raises what `append` would; num_kv_heads of k and v, None = those of this cache.
+
+        Returns: the layout of the tokens.
+        """
+        tokens = self._layout(cu_seqlens, k.shape[0])
+        self._check(k, v, num_kv_heads)
+        self._check_room(tokens)
+        return tokens
 
     def attend(
         self,
@@ -233,10 +252,10 @@ class LayerCache:
             self._replace(**taken)
 
     @_NORMAL
-    def to(self, device: torch.device | str, door: Door | None = None) -> LayerCache:
+    def to(self, device: torch.device | str, doors: Mapping[int, Door] | None = None) -> LayerCache:
         """Moves everything to a device, packed pages in the arrangement that is read there.
 
-        Args: door, if this layer's is there already. Returns: itself.
+        Args: doors that are there already, by the id of what they were. Returns: itself.
         Raises: ValueError where the device has no kernel for the scheme and dtype.
         """
         t, old = self.tensors, self.format
@@ -245,7 +264,7 @@ class LayerCache:
         if new != old:
             pages = ops.repack_pages(pages.cpu(), old.args, old.head_dim, new.arrangement)
         moved = ops.CacheTensors(*(x.to(device) for x in t._replace(pages=pages)))
-        self.door = self.door.to(device) if door is None else door
+        self.door = self.door.to(device) if doors is None else doors[id(self.door)]
         self.format, self.tensors = new, moved
         return self
 
@@ -339,9 +358,10 @@ class LayerCache:
     def _replace(self, **tensors: Tensor) -> None:
         self.tensors = self.tensors._replace(**tensors)
 
-    def _check(self, k: Tensor, v: Tensor) -> None:
+    def _check(self, k: Tensor, v: Tensor, num_kv_heads: int | None) -> None:
         rows = self.tensors.ring_k
-        shape, dtype, device = (k.shape[0], *rows.shape[2:]), rows.dtype, rows.device
+        shape = (k.shape[0], num_kv_heads or rows.shape[2], rows.shape[3])
+        dtype, device = rows.dtype, rows.device
         for name, x in (("k", k), ("v", v)):
             if x.shape != shape:
                 raise ValueError(

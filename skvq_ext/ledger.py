@@ -181,10 +181,11 @@ class Ledger:
     def _layer_plan(self) -> LayerPlan:
         """A plan that uses all a calibration may: shift, scale, rotation, permuted bands."""
         plain = replace(self.scheme, transform=frozenset({"hadamard"}))
-        layer = Plan.default(replace(self.geometry, num_layers=1, sliding_windows=None), plain)
-        for tensor in vars(layer.layers[0]).values():
+        plan = Plan.default(replace(self.geometry, num_layers=1, sliding_windows=None), plain)
+        (part,) = (part for _, part in plan.named_parts())
+        for tensor in vars(part.plan).values():
             _use_all(tensor)
-        return layer.layers[0]
+        return part.plan
 
     @cached_property
     def _door(self) -> Door:

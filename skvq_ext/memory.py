@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from skvq_ext.layer_cache import LayerCache
+    from skvq_ext.split_cache import SplitLayerCache
 
 _PARTS = {
     "pages": "pages",
@@ -22,7 +23,7 @@ _PARTS = {
 }
 
 
-def memory(layers: Iterable[LayerCache]) -> dict[str, int]:
+def memory(layers: Iterable[LayerCache | SplitLayerCache]) -> dict[str, int]:
     """Bytes by part, from the allocator: whole storages, each counted once.
 
     Returns: "pages", "page_table", "sinks", "ring", "lengths", "plan" (tables of the doors, clip,
@@ -33,10 +34,10 @@ def memory(layers: Iterable[LayerCache]) -> dict[str, int]:
     seen: set[int] = set()
     doors: dict[int, int] = {}
     full_precision = 0
-    for layer in layers:
-        full_precision += layer.full_precision_bytes()
-        doors[id(layer.door)] = layer.door.nbytes()
-        for name, tensor in layer.tensors._asdict().items():
+    for cache in (part for layer in layers for part in layer.parts):
+        full_precision += cache.full_precision_bytes()
+        doors[id(cache.door)] = cache.door.nbytes()
+        for name, tensor in cache.tensors._asdict().items():
             storage = tensor.untyped_storage()
             if storage.nbytes() and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())

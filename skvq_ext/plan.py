@@ -20,7 +20,16 @@ from skvq_ext.format import RecordFormat
 from skvq_ext.geometry import Geometry
 from skvq_ext.scheme import Scheme
 
-__all__ = ["Geometry", "LayerPlan", "Plan", "PlanError", "TensorPlan", "TensorShape"]
+__all__ = [
+    "Geometry",
+    "LayerPlan",
+    "Part",
+    "Plan",
+    "PlanError",
+    "SplitPlan",
+    "TensorPlan",
+    "TensorShape",
+]
 
 ROTATIONS = ("none", "hadamard", "dense")
 DEFAULT_EXPONENTS = {"k": (-2, 0), "v": (-5, -4)}  # of scale and zero
@@ -105,29 +114,72 @@ class TensorPlan:
 
 @dataclass
 class LayerPlan:
-    """The transforms of one layer."""
+    """The transforms of one layer, or of those of its heads that share their formats."""
 
     k: TensorPlan
     v: TensorPlan
 
 
+@dataclass(frozen=True)
+class Part:
+    """Heads of one layer with formats of their own; plan holds these heads only, in this order."""
+
+    heads: tuple[int, ...]
+    k_format: str
+    v_format: str
+    plan: LayerPlan
+
+    def scheme(self, whole: Scheme) -> Scheme:
+        """The scheme of these heads in a cache of scheme `whole`."""
+        return replace(whole, k=self.k_format, v=self.v_format, bits=None)
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """The transforms of one layer whose heads are stored in several formats."""
+
+    parts: tuple[Part, ...]
+
+
 @dataclass
 class Plan:
-    """Transforms of all layers of one model, for one pair of tensor formats.
+    """Transforms of all layers of one model, for one pair of tensor formats or, where the scheme
+    has a budget of bits, with formats per head.
 
     scheme names the transform that was used; origin says in words where the numbers come from.
+    tokenizer: fingerprint of the one whose tokens it was calibrated on, "" = not known. shapes: of
+    "k" and "v" where all heads have the same.
     """
 
     scheme: Scheme
     geometry: Geometry
-    layers: list[LayerPlan]
+    layers: list[LayerPlan | SplitPlan]
     rope_mode: str = "post"
     origin: str = ""
+    tokenizer: str = ""
     shapes: dict[str, TensorShape] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        record = self.scheme.record_format(self.geometry.head_dim)
-        self.shapes = {name: TensorShape.of(record, name) for name in ("k", "v")}
+        mixed = self.scheme.bits is not None
+        self.shapes = {} if mixed else self.shapes_of(self.scheme)
+
+    def shapes_of(self, scheme: Scheme) -> dict[str, TensorShape]:
+        """Shapes of "k" and "v" of this model in one pair of formats."""
+        record = scheme.record_format(self.geometry.head_dim)
+        return {name: TensorShape.of(record, name) for name in ("k", "v")}
+
+    @property
+    def bits_per_value(self) -> float:
+        """Average stored bits per value over all layers, heads, K and V, scales and zeros included."""
+        dim, heads = self.geometry.head_dim, self.geometry.num_kv_heads
+        if self.scheme.bits is None:
+            return self.scheme.record_format(dim).bits_per_value
+        spent = [
+            part.scheme(self.scheme).record_format(dim).bits_per_value * len(part.heads)
+            for layer in self.layers
+            for part in parts_of(layer, self.scheme, heads)
+        ]
+        return sum(spent) / (heads * len(self.layers))
 
     @classmethod
     def default(cls, geometry: Geometry, scheme: Scheme) -> Plan:
@@ -136,6 +188,11 @@ class Plan:
         Raises: PlanError where the scheme names a transform that only calibration can give.
         """
         calibrated = (scheme.transform or frozenset()) & {"centre", "balance"}
+        if scheme.bits is not None:
+            raise PlanError(
+                f"the scheme {str(scheme)!r} leaves the formats of every head to a plan, and there "
+                "is none. Run 'skvq calibrate' and pass its plan, or name formats ('k2-v1.5')."
+            )
         if calibrated:
             raise PlanError(
                 f"the scheme {str(scheme)!r} asks for {' and '.join(sorted(calibrated))}, which "
@@ -146,7 +203,7 @@ class Plan:
             scheme = replace(scheme, transform=frozenset({"hadamard"}))
         plan = cls(scheme, geometry, [], origin="default, not calibrated")
         layer = LayerPlan(*(plan._default_tensor(name) for name in ("k", "v")))
-        plan.layers = [layer] * geometry.num_layers
+        plan.layers.extend([layer] * geometry.num_layers)
         return plan
 
     def _default_tensor(self, name: str) -> TensorPlan:
@@ -161,16 +218,31 @@ class Plan:
         tensor.clip = torch.tensor([ratios]).repeat(self.geometry.num_kv_heads, 1)
         return tensor
 
-    def named_tensors(self) -> Iterator[tuple[int, str, TensorPlan]]:
-        """All tensors as (layer, "k" or "v", plan)."""
+    def named_parts(self) -> Iterator[tuple[str, Part]]:
+        """All parts with the beginning of their tensors' names in a plan file."""
         for index, layer in enumerate(self.layers):
-            yield index, "k", layer.k
-            yield index, "v", layer.v
+            parts = parts_of(layer, self.scheme, self.geometry.num_kv_heads)
+            for number, part in enumerate(parts):
+                split = f".{number}" if isinstance(layer, SplitPlan) else ""
+                yield f"layers.{index:03d}{split}", part
 
-    def check(self, geometry: Geometry | None = None, scheme: Scheme | None = None) -> None:
+    def named_tensors(self) -> Iterator[tuple[str, str, TensorPlan]]:
+        """All tensors as (beginning of their names, "k" or "v", plan)."""
+        for where, part in self.named_parts():
+            yield where, "k", part.plan.k
+            yield where, "v", part.plan.v
+
+    def check(
+        self,
+        geometry: Geometry | None = None,
+        scheme: Scheme | None = None,
+        tokenizer: str = "",
+    ) -> None:
         """Raises PlanError, naming every field, where this plan does not fit model or scheme."""
         lines = geometry.differences(self.geometry) if geometry else []
         lines += scheme.differences(self.scheme) if scheme else []
+        if tokenizer and self.tokenizer and tokenizer != self.tokenizer:
+            lines.append(f"tokenizer: {tokenizer} here, {self.tokenizer} in the plan")
         if lines:
             raise PlanError(
                 "the plan does not fit:\n  " + "\n  ".join(lines) + "\nUse the plan of this model "
@@ -185,17 +257,28 @@ class Plan:
 
     @classmethod
     def load(
-        cls, path: str | Path, geometry: Geometry | None = None, scheme: Scheme | None = None
+        cls,
+        path: str | Path,
+        geometry: Geometry | None = None,
+        scheme: Scheme | None = None,
+        tokenizer: str = "",
     ) -> Plan:
-        """Reads a plan file and checks it against the model and the scheme it is meant for.
+        """Reads a plan file and checks it against model, scheme and tokenizer it is meant for.
 
         Raises: PlanError for a file that is no plan, is damaged, or does not fit.
         """
         from skvq_ext.plan_file import read_plan
 
         plan = read_plan(Path(path))
-        plan.check(geometry, scheme)
+        plan.check(geometry, scheme, tokenizer)
         return plan
+
+
+def parts_of(layer: LayerPlan | SplitPlan, scheme: Scheme, num_kv_heads: int) -> tuple[Part, ...]:
+    """The parts of a layer; one of all heads where they share the scheme's formats."""
+    if isinstance(layer, SplitPlan):
+        return layer.parts
+    return (Part(tuple(range(num_kv_heads)), scheme.k, scheme.v, layer),)
 
 
 def default_clip(levels: int, channels: int) -> float:

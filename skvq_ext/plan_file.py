@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from skvq_ext.geometry import Geometry, GeometryError
-from skvq_ext.plan import LayerPlan, Plan, PlanError, TensorPlan, check_tensor
+from skvq_ext.plan import (
+    LayerPlan,
+    Part,
+    Plan,
+    PlanError,
+    SplitPlan,
+    TensorPlan,
+    TensorShape,
+    check_tensor,
+)
 from skvq_ext.scheme import Scheme, SchemeError
 
-SCHEMA = 1
+SCHEMA = 2
 # A single metadata entry: safetensors writes several in no fixed order, and equal plans must give
 # equal bytes.
 _ENTRY = "skvq_plan"
@@ -30,17 +40,28 @@ def write_plan(plan: Plan, path: Path) -> None:
         "rope_mode": plan.rope_mode,
         "origin": plan.origin,
         "geometry": plan.geometry.as_dict(),
-        "rotations": [[layer.k.rotation, layer.v.rotation] for layer in plan.layers],
+        "tokenizer": plan.tokenizer,
+        "layers": [_describe(layer) for layer in plan.layers],
     }
     tensors = {
         # Copies, because layers of a default plan share tensors and safetensors refuses that.
-        f"layers.{index:03d}.{name}.{part}": value.detach()
-        .cpu()
-        .clone(memory_format=torch.contiguous_format)
-        for index, name, tensor in plan.named_tensors()
-        for part, value in tensor.tensors().items()
+        f"{where}.{side}.{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for where, side, tensor in plan.named_tensors()
+        for name, value in tensor.tensors().items()
     }
     save_file(tensors, path, metadata={_ENTRY: json.dumps(header, sort_keys=True)})
+
+
+def _describe(layer: LayerPlan | SplitPlan) -> dict[str, Any]:
+    """What a header says of a layer: how it rotates, and of a split one its parts."""
+    if isinstance(layer, LayerPlan):
+        return {"rotations": [layer.k.rotation, layer.v.rotation]}
+    return {
+        "parts": [
+            {"heads": part.heads, "formats": [part.k_format, part.v_format]} | _describe(part.plan)
+            for part in layer.parts
+        ]
+    }
 
 
 def read_plan(path: Path) -> Plan:
@@ -83,33 +104,61 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 def _build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
     """Takes its tensors out of `tensors`, so that what is left over can be refused."""
     geometry = Geometry.from_dict(header["geometry"])
-    plan = Plan(Scheme.parse(header["scheme"]), geometry, [], header["rope_mode"], header["origin"])
+    told = {name: header[name] for name in ("rope_mode", "origin", "tokenizer")}
+    plan = Plan(Scheme.parse(header["scheme"]), geometry, [], **told)
     if plan.rope_mode != "post":
         raise PlanError(
             f"the plan is for keys cached in rope mode {plan.rope_mode!r}; this version caches "
             "keys after RoPE ('post'). Calibrate again."
         )
-    if len(header["rotations"]) != geometry.num_layers:
+    if len(header["layers"]) != geometry.num_layers:
         raise PlanError(
-            f"the plan has {len(header['rotations'])} layers for a model of {geometry.num_layers}."
+            f"the plan has {len(header['layers'])} layers for a model of {geometry.num_layers}."
         )
-    for index, rotations in enumerate(header["rotations"]):
-        parts = [
-            TensorPlan(
-                rotation=rotation,
-                dense=tensors.pop(f"layers.{index:03d}.{name}.dense", None),
-                band_edges=plan.shapes[name].band_edges,
-                **{
-                    part: tensors.pop(f"layers.{index:03d}.{name}.{part}")
-                    for part in ("permutation", "shift", "scale", "clip", "exponents")
-                },
-            )
-            for name, rotation in zip(("k", "v"), rotations, strict=True)
-        ]
-        plan.layers.append(LayerPlan(*parts))
+    for index, entry in enumerate(header["layers"]):
+        where = f"layers.{index:03d}"
+        if plan.scheme.bits is None:
+            plan.layers.append(_layer(entry["rotations"], plan.shapes, where, tensors))
+        else:
+            plan.layers.append(_split(entry["parts"], plan, where, tensors))
     return plan
 
 
+def _split(
+    entries: list[dict[str, Any]], plan: Plan, where: str, tensors: dict[str, Tensor]
+) -> SplitPlan:
+    parts = []
+    for number, entry in enumerate(entries):
+        k, v = entry["formats"]
+        scheme = replace(plan.scheme, k=k, v=v, bits=None)
+        layer = _layer(entry["rotations"], plan.shapes_of(scheme), f"{where}.{number}", tensors)
+        parts.append(Part(tuple(entry["heads"]), k, v, layer))
+    heads = sorted(head for part in parts for head in part.heads)
+    if heads != list(range(plan.geometry.num_kv_heads)):
+        raise PlanError(f"{where}: its parts hold heads {heads}, not each head once.")
+    return SplitPlan(tuple(parts))
+
+
+def _layer(
+    rotations: list[str], shapes: dict[str, TensorShape], where: str, tensors: dict[str, Tensor]
+) -> LayerPlan:
+    k, v = (
+        TensorPlan(
+            rotation=rotation,
+            dense=tensors.pop(f"{where}.{side}.dense", None),
+            band_edges=shapes[side].band_edges,
+            **{
+                part: tensors.pop(f"{where}.{side}.{part}")
+                for part in ("permutation", "shift", "scale", "clip", "exponents")
+            },
+        )
+        for side, rotation in zip(("k", "v"), rotations, strict=True)
+    )
+    return LayerPlan(k, v)
+
+
 def _check_all(plan: Plan) -> None:
-    for index, name, tensor in plan.named_tensors():
-        check_tensor(f"layer {index} {name}", tensor, plan.geometry.num_kv_heads, plan.shapes[name])
+    for where, part in plan.named_parts():
+        shapes = plan.shapes_of(part.scheme(plan.scheme))
+        for side in ("k", "v"):
+            check_tensor(f"{where} {side}", getattr(part.plan, side), len(part.heads), shapes[side])

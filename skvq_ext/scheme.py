@@ -20,6 +20,8 @@ _WIDTH = r"(?:8|4|3|2|1\.5fast|1\.5)"
 _FORMAT = rf"{_WIDTH}(?::\d+/\d+\+{_WIDTH})?"
 _FORMAT_HELP = "8, 4, 3, 2, 1.5, 1.5fast, or two bands such as 3:1/2+2"
 
+MIXED = "mix"  # the format of K and V where the plan says which head has which
+
 _NOT_PER_HEAD = "it reorders channels across KV heads, which no per-head kernel can read"
 _BASELINE = "it is a baseline of the original's tables, not a format of this cache"
 _FILTER = "only sinks and the window stay in full precision here (use sink<N> and w<N>)"
@@ -43,8 +45,21 @@ _SPELLINGS = {
     "sinks": "sink",
     "window": "w",
 }
-_VALUE_KEYS = ("k", "v", "g", "w", "sink", "fp", "clip", "rollback")
-_KNOWN = ("k", "v", "g", "w", "sink", *METAS, *TRANSFORMS, "clip", "identity", "rollback", "ghead")
+_VALUE_KEYS = ("k", "v", "bits", "g", "w", "sink", "fp", "clip", "rollback")
+_KNOWN = (
+    "k",
+    "v",
+    "bits",
+    "g",
+    "w",
+    "sink",
+    *METAS,
+    *TRANSFORMS,
+    "clip",
+    "identity",
+    "rollback",
+    "ghead",
+)
 
 
 class SchemeError(ValueError):
@@ -55,11 +70,13 @@ class SchemeError(ValueError):
 class Scheme:
     """How one cache stores its tokens; `parse` reads the string form, `str` writes it.
 
-    k, v: tensor formats. group: channels sharing a scale and zero, 0 = the whole head.
+    k, v: tensor formats, MIXED where bits is given. group: channels sharing a scale and zero, 0 = the whole head.
     window, sinks: newest and oldest tokens kept in full precision. meta: type of scale and zero.
     rollback: newest tokens that can be taken back exactly. transform: subset of TRANSFORMS, None =
     what the plan holds (without a plan: hadamard). clip: shrink of a group's range about its
     midpoint, None = calibrated per group (without a plan: a fixed ratio), 1 = none.
+    bits: average stored bits per value, scales and zeros included, that a plan may spend; it then
+    chooses the formats of every head.
     """
 
     k: str = "2"
@@ -71,10 +88,18 @@ class Scheme:
     rollback: int = 64
     transform: frozenset[str] | None = None
     clip: float | None = None
+    bits: float | None = None
 
     def __post_init__(self) -> None:
+        if self.bits is not None and not 1 < self.bits <= 9:
+            raise SchemeError(f"bits{self.bits:g}: the budget must lie in 1 .. 9 bits per value.")
         for name in ("k", "v"):
-            if not re.fullmatch(_FORMAT, getattr(self, name)):
+            if (getattr(self, name) == MIXED) != (self.bits is not None):
+                raise SchemeError(
+                    f"{name}{getattr(self, name)}: formats and a budget of bits exclude each other; "
+                    f"{MIXED!r} stands for what a plan chooses within 'bits<N>'."
+                )
+            if self.bits is None and not re.fullmatch(_FORMAT, getattr(self, name)):
                 raise SchemeError(
                     f"{name}{getattr(self, name)}: not a tensor format. Known: {_FORMAT_HELP}."
                 )
@@ -108,7 +133,8 @@ class Scheme:
 
     def __str__(self) -> str:
         group = "ghead" if self.group == 0 else f"g{self.group}"
-        parts = [f"k{self.k}", f"v{self.v}", group, f"w{self.window}", f"sink{self.sinks}"]
+        formats = [f"k{self.k}", f"v{self.v}"] if self.bits is None else [f"bits{self.bits!r}"]
+        parts = [*formats, group, f"w{self.window}", f"sink{self.sinks}"]
         parts.append(self.meta)
         if self.rollback != Scheme.rollback:
             parts.append(f"rollback{self.rollback}")
@@ -122,8 +148,14 @@ class Scheme:
 
     def record_format(self, head_dim: int, device: torch.device | str = "cpu") -> RecordFormat:
         """The record of one KV head and 64 tokens, arranged for a device; the C++ definition checks
-        that it exists."""
+        that it exists. Raises: SchemeError where every head has a format of its own."""
         from skvq_ext.format import RecordFormat, default_arrangement
+
+        if self.bits is not None:
+            raise SchemeError(
+                f"{self}: a budget of bits says nothing about formats until a plan has spent it; "
+                "make one with 'skvq calibrate' and pass it, or name formats, as in 'k2-v1.5'."
+            )
 
         arrangement = default_arrangement(device)
         return RecordFormat(self.k, self.v, self.group, self.meta, head_dim, arrangement)
@@ -134,7 +166,7 @@ class Scheme:
         Window, sinks and rollback may differ: they do not touch what a plan holds. A transform or
         clip of None takes what the plan has.
         """
-        names = ["k", "v", "group", "meta"]
+        names = ["k", "v", "bits", "group", "meta"]
         names += [name for name in ("transform", "clip") if getattr(self, name) is not None]
         return [
             f"{name}: {_plain(mine)} here, {_plain(theirs)} in the plan"
@@ -162,6 +194,10 @@ class _Read:
     def arguments(self) -> dict[str, object]:
         arguments = dict(self.values)
         clipped = arguments.pop("clip", False)  # False: no such key; None: 'clip' without a number
+        if arguments.get("bits") is not None:
+            if {"k", "v"} & set(arguments):
+                raise SchemeError("'bits' lets a plan choose the formats; drop it, or k and v.")
+            arguments["k"] = arguments["v"] = MIXED
         if "identity" in self.transform and len(self.transform) > 1:
             raise SchemeError("'identity' means no transform; drop it or the other transforms.")
         if self.transform:
@@ -199,6 +235,8 @@ def _read_token(token: str, read: _Read) -> None:
         read.put(key, _format(token, key, value), token)
     elif key == "fp" and f"fp{value}" in METAS:
         read.put("meta", f"fp{value}", token)
+    elif key == "bits":
+        read.put("bits", _number(token, value), token)
     elif key == "clip":
         read.put("clip", _number(token, value) if value else None, token)
     elif key in _FIELD:

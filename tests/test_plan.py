@@ -168,10 +168,10 @@ def test_damaged_tensors_are_refused(
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"schema": 99}, "has plan schema 99; this version reads schema 1"),
+        ({"schema": 99}, "has plan schema 99; this version reads schema 2"),
         ({"rope_mode": "pre"}, "rope mode 'pre'; this version caches keys after RoPE"),
-        ({"rotations": [["none", "none"]]}, "the plan has 1 layers for a model of 2"),
-        ({"rotations": [["none", "spin"]] * 2}, "rotation 'spin' is not one of"),
+        ({"layers": [{"rotations": ["none", "none"]}]}, "the plan has 1 layers for a model of 2"),
+        ({"layers": [{"rotations": ["none", "spin"]}] * 2}, "rotation 'spin' is not one of"),
         ({"scheme": "k2-reorder"}, "is damaged: 'reorder' is a key of the original"),
         ({"geometry": {"num_layers": 2}}, "is damaged: these fields do not describe a model"),
     ],

@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from skvq_ext import ops
-from skvq_ext.cache import DEFAULT_SCHEME, check_rows, resolve
+from skvq_ext.cache import check_rows, resolve
 from skvq_ext.door import Door
 from skvq_ext.geometry import Geometry
 from skvq_ext.hf import exact
@@ -20,9 +20,10 @@ from skvq_ext.hf.attention import NAME, attach, enable
 from skvq_ext.hf.forward import CacheLength, ForwardState
 from skvq_ext.layer_cache import LayerCache
 from skvq_ext.memory import memory
-from skvq_ext.plan import LayerPlan, Plan
+from skvq_ext.plan import LayerPlan, Plan, SplitPlan
 from skvq_ext.ragged import Ragged
 from skvq_ext.scheme import Scheme
+from skvq_ext.split_cache import SplitLayerCache, make_layer_cache
 
 
 @dataclass
@@ -36,8 +37,11 @@ class _Recipe:
     exact: bool
     doors: dict[tuple[int, torch.device], Door]
 
-    def door(self, plan: LayerPlan, device: torch.device) -> Door:
-        """The door of one layer's plan on one device; layers of a default plan share it."""
+    def door(self, plan: LayerPlan | SplitPlan, device: torch.device) -> Door | None:
+        """The door of one layer's plan on one device; layers of a default plan share it. None for
+        a split layer, whose parts have doors of their own."""
+        if isinstance(plan, SplitPlan):
+            return None
         key = (next(i for i, p in enumerate(self.plan.layers) if p is plan), device)
         if key not in self.doors:
             self.doors[key] = Door(plan, self.geometry.num_q_heads, device)
@@ -61,7 +65,7 @@ class SkvqHFLayer(CacheLayerMixin):
         self.index, self.state = index, state
         self.sliding_window = recipe.geometry.sliding_windows[index]
         self.is_sliding = self.sliding_window > 0
-        self.cache: LayerCache | None = None
+        self.cache: LayerCache | SplitLayerCache | None = None
         self.seen = 0  # columns, padding included
         self._recipe = recipe
         self._handed_on = False  # keys that attend has not seen yet
@@ -70,7 +74,7 @@ class SkvqHFLayer(CacheLayerMixin):
         """Makes the packed layer for the batch, dtype and device of key_states."""
         recipe, device = self._recipe, key_states.device
         plan = recipe.plan.layers[self.index]
-        self.cache = LayerCache(
+        self.cache = make_layer_cache(
             plan,
             recipe.scheme,
             num_q_heads=recipe.geometry.num_q_heads,
@@ -274,12 +278,13 @@ class SkvqHFCache(Cache):
     def __init__(
         self,
         model_or_config: PreTrainedModel | Any,
-        scheme: str | Scheme = DEFAULT_SCHEME,
+        scheme: str | Scheme | None = None,
         plan: Plan | None = None,
         exact: bool = False,
     ) -> None:
         """Args: a model, whose attention implementation becomes "skvq", or its configuration;
-        scheme; plan from calibration, None = Hadamard and a fixed clip; exact, on the CPU read
+        scheme, None = that of the plan, or the default one; plan from calibration, None = Hadamard
+        and a fixed clip; exact, on the CPU read
         packed pages in float32, at about half the speed of integer products (see
         `ops.decode_attention`). Batch size, dtype and device are taken from the first forward.
         Raises: ValueError for attention that cannot be packed, or a plan that does not fit."""
