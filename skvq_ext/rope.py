@@ -115,7 +115,8 @@ class Rope:
                 f"positions are {positions.dtype} {list(positions.shape)} for {x.shape[2]} tokens; "
                 "give integers [tokens] or [batch, tokens]."
             )
-        rows = positions.to(x.device).reshape(-1, x.shape[2])
+        rows = positions.to(x.device)
+        rows = rows if rows.dim() == 2 else rows[None]
         # Position 0 does not turn: there cos is the scaling of lengths. The last position of the
         # sequence goes along because frequencies of longrope depend on the largest one.
         last = max(length - 1, 0)
