@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from skvq_ext import cli, report
 from skvq_ext.baselines.registry import build
 from skvq_ext.evaluate import command, tables
 from skvq_ext.evaluate.memory import measure_memory
-from skvq_ext.evaluate.method import FullPrecision
+from skvq_ext.evaluate.method import FullPrecision, Packed
 from skvq_ext.evaluate.result import MEASURES, Result
 from skvq_ext.evaluate.run import Options, Source, check, evaluate
 from skvq_ext.evaluate.specs import Builder, split
@@ -27,7 +28,7 @@ from skvq_ext.evaluate.subject import EvaluationError
 from skvq_ext.geometry import Geometry
 from skvq_ext.ledger import Ledger
 from skvq_ext.models import LanguageModel
-from skvq_ext.plan import Plan, PlanError
+from skvq_ext.plan import Part, Plan, PlanError, SplitPlan
 from skvq_ext.scheme import Scheme, SchemeError
 
 KIVI = "kivi:k4-v4-g32-w16-sink3"
@@ -125,22 +126,50 @@ def test_a_plan_of_another_model_or_scheme(plan: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_bytes_are_those_of_the_ledger(kind: str) -> None:
+    """The ledger counts a plan with all tables that calibration may fill; so does this one."""
     loaded = make_loaded(kind)
-    geometry = Geometry.from_config(loaded.model.config)
+    geometry, scheme = Geometry.from_config(loaded.model.config), Scheme.parse(SMALL)
     kivi = build(KIVI, loaded.model)
+    plan = Plan.default(geometry, scheme)
+    plan.layers[:] = [deepcopy(layer) for layer in plan.layers]
+    for _, _, tensor in plan.named_tensors():
+        tensor.shift, tensor.scale = tensor.shift + 1, tensor.scale * 2
     contexts = (30, 100, 5000)
-    found = measure_memory(geometry, [FullPrecision(), make_packed(loaded), kivi], contexts)
-    ledger = Ledger(geometry, Scheme.parse(SMALL))
+    methods = [FullPrecision(), make_packed(loaded), Packed(geometry, scheme, plan), kivi]
+    found = measure_memory(geometry, methods, contexts)
+    ledger = Ledger(geometry, scheme)
     rows = [ledger.at(n) for n in contexts]
-    full, packed, simulated = found.methods
+    full, default, planned, simulated = found.methods
     assert full.total == tuple(row.full_precision for row in rows)
     assert full.per_token == ledger.full_bytes_per_token
-    assert packed.total == tuple(row.total for row in rows) and packed.allocated
-    assert packed.per_token == ledger.bytes_per_token
+    assert planned.total == tuple(row.total for row in rows) and planned.allocated
+    assert planned.per_token == default.per_token == ledger.bytes_per_token
+    saved = {a - b for a, b in zip(planned.total, default.total, strict=True)}
+    assert len(saved) == 1 and saved.pop() == geometry.num_layers * 2 * 3 * 64 * 4 * (
+        geometry.num_kv_heads
+    )
     assert simulated.total == pytest.approx([n * kivi.bits / 16 for n in full.total], abs=1)
     assert full.allocated and not simulated.allocated
     with pytest.raises(EvaluationError, match="1 token or more"):
         measure_memory(geometry, [], (0,))
+
+
+def test_bits_and_bytes_of_heads_in_several_formats() -> None:
+    one, whole = Geometry(1, 2, 1, 64), Geometry(2, 4, 2, 64)
+    parts = tuple(
+        Part((head,), k, "2", Plan.default(one, Scheme(k, "2", 32)).layers[0])
+        for head, k in enumerate(("4", "2"))
+    )
+    scheme = Scheme.parse("bits3-g32-w16-sink3")
+    plan = Plan(scheme, whole, [SplitPlan(parts)] * 2)
+    method = Packed(whole, scheme, plan)
+    bits = [Scheme(k, "2", 32).record_format(64).bits_per_value for k in ("4", "2")]
+    assert method.bits == pytest.approx(sum(bits) / 2)
+    (found,) = measure_memory(whole, [method], (100, 10_100)).methods
+    assert found.per_token == pytest.approx(2 * 2 * 2 * 64 * method.bits / 8)
+    pages = [64 * found.per_token * ((n - 19) // 64) for n in (100, 10_100)]
+    tables = 4 * 2 * 2 * ((10_100 - 19) // 64 - 1)  # a page table of each part in each layer
+    assert found.total[1] - found.total[0] == pages[1] - pages[0] + tables
 
 
 def _run(loaded: LanguageModel, texts: list[Path], options: Options = QUICK) -> Result:

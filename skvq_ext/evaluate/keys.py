@@ -9,9 +9,10 @@ from torch import Tensor
 
 from skvq_ext import ops
 from skvq_ext.format import TILE_TOKENS
-from skvq_ext.hf.cache import SkvqHFLayer
+from skvq_ext.hf import SkvqHFCache
 from skvq_ext.layer_cache import LayerCache
 from skvq_ext.pages import packed_tiles
+from skvq_ext.plan import parts_of
 
 
 @runtime_checkable
@@ -24,19 +25,19 @@ class ReadsKeys(Protocol):
 
 
 def read_logits(
-    layer: Any, returned: Tensor, query: Tensor, scale: float, seen: int
+    cache: Any, layer: int, returned: Tensor, query: Tensor, scale: float, seen: int
 ) -> Tensor | None:
-    """Logits of the newest token's query as the method's cache makes them.
+    """Logits of the newest token's query as a method's cache makes them.
 
-    Args: layer of the cache, after it has attended; returned, keys that its `update` returned
-    [1, num_kv_heads, rows, head_dim]; query [num_q_heads, head_dim], not mapped; scale, factor of
-    q . k; seen, newest tokens that the query sees, itself included.
+    Args: cache, after its layer has attended; layer, index; returned, keys that its `update`
+    returned [1, num_kv_heads, rows, head_dim]; query [num_q_heads, head_dim], not mapped; scale,
+    factor of q . k; seen, newest tokens that the query sees, itself included.
     Returns: f32 [num_q_heads, seen], before softcap; None where the keys cannot be read.
     """
-    if isinstance(layer, SkvqHFLayer):
-        assert layer.cache is not None
-        return _packed_logits(layer.cache, query, scale, seen)
-    keys = layer.read_keys() if isinstance(layer, ReadsKeys) else returned[0]
+    if isinstance(cache, SkvqHFCache):
+        return _packed_logits(cache, layer, returned.shape[1], query, scale, seen)
+    rows = cache.layers[layer]
+    keys = rows.read_keys() if isinstance(rows, ReadsKeys) else returned[0]
     if keys.shape[1] < seen:
         return None
     return scaled_dots(query, keys[:, -seen:], scale)
@@ -51,7 +52,22 @@ def scaled_dots(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     return (grouped @ keys.float().mT).flatten(0, 1) * scale
 
 
-def _packed_logits(cache: LayerCache, query: Tensor, scale: float, seen: int) -> Tensor:
+def _packed_logits(
+    cache: SkvqHFCache, layer: int, num_kv_heads: int, query: Tensor, scale: float, seen: int
+) -> Tensor:
+    """Part by part of the heads, where they are stored in several formats."""
+    parts = parts_of(cache.plan.layers[layer], cache.scheme, num_kv_heads)
+    grouped = query.view(num_kv_heads, -1, query.shape[1])
+    logits = query.new_empty(*grouped.shape[:2], seen, dtype=torch.float32)
+    rows: Any = cache.layers[layer]
+    for part, stored in zip(parts, rows.cache.parts, strict=True):
+        heads = list(part.heads)
+        found = _part_logits(stored, grouped[heads].flatten(0, 1), scale, seen)
+        logits[heads] = found.unflatten(0, (len(heads), -1))
+    return logits.flatten(0, 1)
+
+
+def _part_logits(cache: LayerCache, query: Tensor, scale: float, seen: int) -> Tensor:
     """The shift of the keys, which their rows lack, is added as attention adds it."""
     keys = packed_keys(cache, seen)
     logits = scaled_dots(cache.door.map_q(query[None])[0], keys, scale)

@@ -197,7 +197,7 @@ class _Twin:
         """Args: query [num_q_heads, D] of the newest token; keys [num_kv_heads, n, D], exact."""
         total = keys.shape[1]
         seen = min(total, self._windows[layer] or total)
-        found = read_logits(self._cache.layers[layer], returned, query, scale, seen)
+        found = read_logits(self._cache, layer, returned, query, scale, seen)
         if found is None:
             self._readable = False
             return

@@ -68,9 +68,10 @@ class Packed:
         """Args: plan, None = the default one; name, None = the scheme; exact, see `SkvqHFCache`."""
         from skvq_ext.perplexity import packed_chunk
 
-        self.scheme, self.plan, self.exact = scheme, plan, exact
+        self.geometry, self.scheme, self.plan, self.exact = geometry, scheme, plan, exact
         self.name = name or f"{scheme}{'' if plan is None else ', calibrated'}"
-        self.bits = scheme.record_format(geometry.head_dim).bits_per_value
+        record = scheme.record_format
+        self.bits = plan.bits_per_value if plan else record(geometry.head_dim).bits_per_value
         self.chunk = packed_chunk(scheme.rollback)
         self.protocol = f"window {scheme.window}, {scheme.sinks} sinks"
 
