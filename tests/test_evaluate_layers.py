@@ -28,6 +28,7 @@ from skvq_ext.hf import SkvqHFCache
 from skvq_ext.layer_cache import LayerCache
 from skvq_ext.observe import Observer, observing
 from skvq_ext.plan import Part, Plan, SplitPlan
+from skvq_ext.published import Published
 from skvq_ext.reference import fake_quantize_side, packed_len
 from skvq_ext.scheme import Scheme
 
@@ -138,13 +139,17 @@ def test_keys_of_caches_that_hand_on_new_rows_only() -> None:
         torch.testing.assert_close(found[head], rows[head // 2, 2:] @ query[head] / 2)
 
 
-def test_simulated_methods_are_compared_too() -> None:
+def test_other_methods_are_compared_too() -> None:
+    """SKVQ as published, whose keys are stored before RoPE, and a simulated one."""
     loaded = make_loaded()
     kivi = build("kivi:k4-v4-g32-w16-sink3", loaded.model)
-    found = measure_layers(make_subject(loaded, kivi), make_passage(loaded, 200), TOKENS).methods[1]
-    assert found.logits is not None
-    for grid in (found.logits, found.output):
-        assert min(min(row) for row in grid) > 1e-3 and max(max(row) for row in grid) < 0.5
+    ids = make_passage(loaded, 600, seed=1).ids
+    published = Published.fit(loaded.model, ids, "k4-v4-g32-w16-reorder-pre_rope-sink3-fp8")
+    subject = make_subject(loaded, kivi, published)
+    for method in measure_layers(subject, make_passage(loaded, 200), TOKENS).methods[1:]:
+        assert method.logits is not None
+        for grid in (method.logits, method.output):
+            assert min(min(row) for row in grid) > 1e-3 and max(max(row) for row in grid) < 0.5
 
 
 @pytest.mark.parametrize("length", [1, 3, 30, 83, 84, 300])

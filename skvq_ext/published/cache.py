@@ -116,6 +116,10 @@ class PublishedLayer(CacheLayerMixin):
         self._pack(self._packed_len(self.seen))
         return torch.cat(outs, dim=1)
 
+    def read_keys(self) -> Tensor:
+        """All keys as the newest token's query reads them, [num_kv_heads, tokens, head_dim]."""
+        return self._rows("k")
+
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """(columns after query_length more, 0); early 5.x releases give positions of new ones."""
         new = len(query_length) if isinstance(query_length, Tensor) else query_length
