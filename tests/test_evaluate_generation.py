@@ -119,7 +119,7 @@ def test_special_tokens_are_never_written() -> None:
     subject, passage = make_subject(loaded), make_passage(loaded, 80)
     for choose in (likeliest, nucleus(0)):
         method = subject.methods[0]
-        written = long_generation._write(subject, method, passage, 64, choose, "some")
+        written = long_generation._write(subject, method, passage, 64, choose, print)
         assert len(written) == 64 and not {0, 1, 40} & set(written)
 
 

@@ -68,8 +68,8 @@ def test_the_model_attends_as_before() -> None:
 def test_progress_counts_tokens(loaded: LanguageModel) -> None:
     seen: list[tuple[str, int, int]] = []
     subject = Subject(loaded, [FullPrecision()], lambda *step: seen.append(step))
-    measure_loss(subject, [make_passage(loaded, 100)], 64, 0)
-    assert seen == [("ppl, full precision, text 0", 64, 64)]
+    measure_loss(subject, [make_passage(loaded, 100, seed) for seed in (0, 1)], 64, 0)
+    assert seen == [("ppl", 64, 128), ("ppl", 128, 128)]
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,9 @@ def test_digits_are_counted(loaded: LanguageModel, monkeypatch: pytest.MonkeyPat
     """A method that knows nothing of depth 0, all of depth 1, and one digit less of depth 0.5."""
     stacks = iter(_stacks(loaded))
 
-    def scored(subject: Subject, measure: str, method: object, name: str, ids: object, skip: int):
+    def scored(subject: Subject, measure: str, method: object, text: Passage, skip: int, _: object):
         stack = next(stacks)
-        assert torch.equal(ids, stack.ids) and skip == 1
+        assert torch.equal(text.ids, stack.ids) and skip == 1
         hits = torch.zeros(stack.ids.shape[1] - 1, dtype=torch.bool)
         for answer in stack.answers:
             known = answer.positions[: (0, 4, 5)[answer.depth]]

@@ -95,6 +95,16 @@ def test_methods_of_specs(loaded: LanguageModel, plan: Path) -> None:
     assert not kivi.method.packed and kivi.spec == KIVI
 
 
+def test_what_is_fitted_gets_the_calibration_text(loaded: LanguageModel, texts: list[Path]) -> None:
+    ids = Source.read(loaded, texts[2]).passage.ids
+    spec = "published:k2-v2-g64-w16-reorder-pre_rope-clip0.92-sink3-fp8"
+    done: list[tuple[str, int, int]] = []
+    builder = Builder(loaded, ids, step=lambda *step: done.append(step))
+    method = builder.build([spec])[1].method
+    assert method.packed and method.protocol.startswith("window 16, 3 sinks")
+    assert done[-1][1:] == (2, 2)
+
+
 def test_bits_of_full_precision_are_those_of_the_model() -> None:
     half = LanguageModel("half", make_model("llama").bfloat16(), make_tokenizer())
     assert Builder(half).build([])[0].method.bits == 16
@@ -191,6 +201,20 @@ def test_equal_seeds_give_equal_results(loaded: LanguageModel, texts: list[Path]
     assert Result.from_json(first.to_json()) == first
     other = _run(loaded, texts, replace(QUICK, seed=1, measures=("generation",)))
     assert other.generation != first.generation and other.ppl is None
+
+
+def test_progress_ends_where_it_said(loaded: LanguageModel, texts: list[Path]) -> None:
+    """One bar per measurement, for all methods and texts together."""
+    last: dict[str, tuple[int, int]] = {}
+
+    def step(name: str, done: int, total: int) -> None:
+        assert last.get(name, (0, total))[1] == total
+        last[name] = done, total
+
+    sources = [Source.read(loaded, path) for path in texts[:2]]
+    evaluate(loaded, Builder(loaded).build([SMALL]), sources, options=QUICK, step=step)
+    assert set(last) == {"ppl", "needles", "generation", "layers"}
+    assert all(0 <= total - done <= 4 for done, total in last.values())
 
 
 def test_texts_are_named(loaded: LanguageModel, texts: list[Path], tmp_path: Path) -> None:

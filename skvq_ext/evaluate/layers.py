@@ -20,7 +20,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from skvq_ext.evaluate.keys import read_logits, scaled_dots
 from skvq_ext.evaluate.method import Method
 from skvq_ext.evaluate.result import Grid, LayersResult, MethodLayers
-from skvq_ext.evaluate.subject import READING, EvaluationError, Passage, Subject, chunks, opened
+from skvq_ext.evaluate.subject import (
+    READING,
+    Count,
+    EvaluationError,
+    Passage,
+    Subject,
+    chunks,
+    opened,
+)
 from skvq_ext.geometry import Geometry
 from skvq_ext.hf import exact
 
@@ -37,7 +45,8 @@ def measure_layers(subject: Subject, passage: Passage, tokens: int) -> LayersRes
     """
     check_layers(subject, passage, tokens)
     ids = passage.ids[:, :tokens]
-    methods = tuple(_measure(subject, method, ids) for method in subject.methods)
+    count = subject.counter("layers", len(subject.methods) * tokens)
+    methods = tuple(_measure(subject, method, ids, count) for method in subject.methods)
     protocol = (
         f"{tokens} tokens of {passage.name}; the queries of the second half are compared. In every "
         "layer the method's own cache and attention get the queries, keys and values of full "
@@ -62,9 +71,8 @@ def check_layers(subject: Subject, passage: Passage, tokens: int) -> None:
 
 
 @torch.inference_mode()
-def _measure(subject: Subject, method: Method, ids: Tensor) -> MethodLayers:
+def _measure(subject: Subject, method: Method, ids: Tensor, count: Count) -> MethodLayers:
     tokens = ids.shape[1]
-    add = subject.counter(f"layers, {method.name}", tokens)
     with subject.timed("layers", method), opened(subject.model, method) as cache:
         twin = _Twin(subject.model, cache, first=tokens // 2)
         with twin.watching():
@@ -72,7 +80,7 @@ def _measure(subject: Subject, method: Method, ids: Tensor) -> MethodLayers:
                 for part in chunks(block.stop - block.start, min(method.chunk, PROBE)):
                     inputs = ids[:, block][:, part]
                     subject.model(input_ids=inputs, past_key_values=cache, use_cache=True)
-                    add(inputs.shape[1])
+                    count(inputs.shape[1])
     return twin.summary(method.name)
 
 

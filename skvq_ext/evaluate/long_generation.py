@@ -18,6 +18,7 @@ from skvq_ext.evaluate.result import (
 )
 from skvq_ext.evaluate.subject import (
     READING,
+    Count,
     EvaluationError,
     Passage,
     Reader,
@@ -43,18 +44,20 @@ def measure_generation(
     """
     check_generation(subject, passages, prompt_tokens, tokens)
     prompts = [Passage(p.name, p.ids[:, :prompt_tokens]) for p in passages]
-    exact = subject.methods[0]
+    exact, length = subject.methods[0], prompt_tokens + tokens
+    readings = len(prompts) * (1 + 2 * len(subject.methods))
+    count = subject.counter("generation", readings * length)
     sampled = [
-        _write(subject, exact, p, tokens, nucleus(seed + i), "sampled")
-        for i, p in enumerate(prompts)
+        _write(subject, exact, p, tokens, nucleus(seed + i), count) for i, p in enumerate(prompts)
     ]
     greedy: list[list[int]] = []
     methods = []
     for method in subject.methods:
         forced = [
-            _compare(subject, method, p, ids) for p, ids in zip(prompts, sampled, strict=True)
+            _compare(subject, method, p, ids, count)
+            for p, ids in zip(prompts, sampled, strict=True)
         ]
-        free = [_write(subject, method, p, tokens, likeliest, "greedy") for p in prompts]
+        free = [_write(subject, method, p, tokens, likeliest, count) for p in prompts]
         greedy = greedy or free
         runs = [
             _free_run(subject, p.name, mine, other)
@@ -115,22 +118,20 @@ def nucleus(seed: int) -> Choose:
 
 @torch.inference_mode()
 def _write(
-    subject: Subject, method: Method, prompt: Passage, tokens: int, choose: Choose, how: str
+    subject: Subject, method: Method, prompt: Passage, tokens: int, choose: Choose, count: Count
 ) -> list[int]:
     """Continues a prompt token by token through a method's cache."""
     banned = _special(subject)
     reader = Reader(subject.model, method)
     length = prompt.ids.shape[1]
-    name = f"generation, {method.name}, {prompt.name}, {how}"
-    add = subject.counter(name, length + tokens)
     written: list[int] = []
     with subject.timed("generation", method):
         for part in chunks(length, method.chunk):
             logits = reader.read(prompt.ids[:, part])
-            add(part.stop - part.start)
+            count(part.stop - part.start)
         while True:
             written.append(choose(logits[-1].cpu().index_fill(0, banned, -torch.inf)))
-            add(1)
+            count(1)
             if len(written) == tokens:
                 return written
             logits = reader.read(prompt.ids.new_tensor([[written[-1]]]))
@@ -149,7 +150,7 @@ def _special(subject: Subject) -> Tensor:
 
 @torch.inference_mode()
 def _compare(
-    subject: Subject, method: Method, prompt: Passage, written: list[int]
+    subject: Subject, method: Method, prompt: Passage, written: list[int], count: Count
 ) -> tuple[Tensor, Tensor]:
     """KL f64 [tokens] and whether the likeliest token agrees, bool [tokens], over a given text.
 
@@ -157,7 +158,6 @@ def _compare(
     """
     ids = torch.cat([prompt.ids, prompt.ids.new_tensor([written])], 1)[:, :-1]
     first = prompt.ids.shape[1] - 1  # the token here predicts the first written one
-    add = subject.counter(f"generation, {method.name}, {prompt.name}, KL", ids.shape[1])
     exact, other = (Reader(subject.model, m) for m in (subject.methods[0], method))
     divergences, agrees = [], []
     with subject.timed("generation", method):
@@ -168,7 +168,7 @@ def _compare(
             kl = (full.exp() * (full - mine)).sum(-1, dtype=torch.float64)
             divergences.append(kl.clamp(min=0).cpu())
             agrees.append((full.argmax(-1) == mine.argmax(-1)).cpu())
-            add(part.stop - part.start)
+            count(part.stop - part.start)
     return torch.cat(divergences), torch.cat(agrees)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from skvq_ext.evaluate.method import Method
 from skvq_ext.evaluate.result import STRETCHES, LossResult, MethodLoss, TextLoss
 from skvq_ext.evaluate.subject import (
     READING,
+    Count,
     EvaluationError,
     Passage,
     Subject,
@@ -32,10 +31,11 @@ def measure_loss(
     check_loss(subject, passages, scored, skip)
     first = max(1, skip)
     cut = [Passage(p.name, p.ids[:, : first + scored]) for p in passages]
+    count = subject.counter("ppl", len(subject.methods) * sum(p.ids.shape[1] - 1 for p in cut))
     exact: list[Score] = []
     methods = []
     for method in subject.methods:
-        scores = [score_method(subject, "ppl", method, p.name, p.ids, skip) for p in cut]
+        scores = [score_method(subject, "ppl", method, p, skip, count) for p in cut]
         exact = exact or scores
         pairs = zip(cut, scores, exact, strict=True)
         methods.append(_summary(method.name, [_text_loss(p.name, s, e) for p, s, e in pairs]))
@@ -64,16 +64,14 @@ def check_loss(subject: Subject, passages: Sequence[Passage], scored: int, skip:
 
 
 def score_method(
-    subject: Subject, measure: str, method: Method, name: str, ids: Tensor, skip: int
+    subject: Subject, measure: str, method: Method, passage: Passage, skip: int, count: Count
 ) -> Score:
     """The score of one method on one text. Raises: EvaluationError on a loss that is not finite."""
-    total = ids.shape[1] - 1
-    progress = subject.counter(f"{measure}, {method.name}, {name}", total)
     with subject.timed(measure, method), opened(subject.model, method) as cache:
-        found = score(subject.model, ids, cache, skip, method.chunk, progress)
+        found = score(subject.model, passage.ids, cache, skip, method.chunk, count)
     if not found.losses.isfinite().all():
         raise EvaluationError(
-            f"{method.name} on {name}: the loss is NaN or infinite. Run the model in float32 or "
+            f"{method.name} on {passage.name}: the loss is NaN or infinite. Run the model in float32 or "
             "bfloat16; if full precision is fine with the same text, this method overflows."
         )
     return found

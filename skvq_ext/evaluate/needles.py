@@ -57,12 +57,12 @@ def measure_needles(
     """
     stacks = build_haystacks(subject, passage, lengths, depths, haystacks, seed)
     asked = _count(stacks, None, len(lengths), len(depths))
+    texts = [Passage(f"haystack {i + 1}", stack.ids) for i, stack in enumerate(stacks)]
+    total = len(subject.methods) * sum(text.ids.shape[1] - 1 for text in texts)
+    count = subject.counter("needles", total)
     methods = []
     for method in subject.methods:
-        hits = [
-            score_method(subject, "needles", method, f"text {i + 1}", stack.ids, skip=1).hits
-            for i, stack in enumerate(stacks)
-        ]
+        hits = [score_method(subject, "needles", method, t, 1, count).hits for t in texts]
         right = _count(stacks, hits, len(lengths), len(depths))
         methods.append(MethodNeedles(method.name, *right))
     protocol = (

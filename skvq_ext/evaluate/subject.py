@@ -23,6 +23,8 @@ READING = (
     "Nothing is prefilled in full precision."
 )
 
+Count = Callable[[int], None]  # is called with the tokens of each forward
+
 
 class EvaluationError(ValueError):
     """An evaluation that cannot be made as it was asked for."""
@@ -61,14 +63,14 @@ class Subject:
         key = f"{measure}: {method.name}"
         self.times[key] = self.times.get(key, 0.0) + time.perf_counter() - started
 
-    def counter(self, name: str, total: int) -> Callable[[int], None]:
-        """A function that is called with the tokens of each forward and reports their sum."""
+    def counter(self, measure: str, total: int) -> Count:
+        """Tells how far a measurement is: one progress bar for all its methods and texts."""
         done = 0
 
         def add(tokens: int) -> None:
             nonlocal done
             done += tokens
-            self.step(name, done, total)
+            self.step(measure, done, total)
 
         return add
 
