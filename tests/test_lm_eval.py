@@ -296,12 +296,13 @@ def test_the_command_writes_results_offline(
     Plan.default(geometry, Scheme.parse(SCHEME)).save(plan)
     command(
         monkeypatch,
-        *("--model_args", f"pretrained={folder},scheme={SCHEME},plan={plan},exact=True"),
+        *("--model_args", f"pretrained={folder},plan={plan},exact=True"),
         *("--include_path", str(tasks), "--tasks", "tiny_choice"),
         *("--output_path", str(tmp_path / "out")),
     )
     written = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())
     assert written["results"]["tiny_choice"]["acc,none"] == pytest.approx(2 / 3)
+    assert written["config"]["skvq_scheme"] == f"{SCHEME}-hadamard-clip"  # that of the plan
     assert len(written["config"]["skvq_plan_sha256"]) == 64
     assert not no_network
 

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from skvq_ext import __version__
-from skvq_ext.cache import DEFAULT_SCHEME
 from skvq_ext.geometry import Geometry
 from skvq_ext.hf import SkvqHFCache
 from skvq_ext.lm_eval.reader import PREFILLS, Reader, padded
@@ -37,7 +36,7 @@ class SkvqLM(HFLM):  # type: ignore[misc]  # lm-eval carries no types
     def __init__(
         self,
         pretrained: str | PreTrainedModel,
-        scheme: str = DEFAULT_SCHEME,
+        scheme: str | None = None,
         plan: str | Path | None = None,
         prefill: str = "exact",
         exact: bool = False,
@@ -46,13 +45,14 @@ class SkvqLM(HFLM):  # type: ignore[misc]  # lm-eval carries no types
         **kwargs: Any,
     ) -> None:
         """Args: pretrained, device (None = "cuda" where there is one), batch_size (a number) and
-        all other arguments, as of the harness's model "hf"; scheme; plan, file from
-        'skvq calibrate', None = no calibration; prefill, one of PREFILLS, see `Reader`; exact, see
-        `SkvqHFCache`. Raises: ValueError for arguments that are wrong or do not fit together."""
+        all other arguments, as of the harness's model "hf"; scheme, None = that of the plan, or the
+        default one; plan, file from 'skvq calibrate', None = no calibration; prefill, one of
+        PREFILLS, see `Reader`; exact, see `SkvqHFCache`.
+        Raises: ValueError for arguments that are wrong or do not fit together."""
         if prefill not in PREFILLS:
             raise ValueError(f"prefill={prefill!r} is not known; use one of {', '.join(PREFILLS)}.")
-        self.prefill, self.scheme = prefill, Scheme.parse(str(scheme))
-        self.plan_file = None if plan is None else _existing(plan)
+        parsed = None if scheme is None else Scheme.parse(str(scheme))
+        self.prefill, self.plan_file = prefill, None if plan is None else _existing(plan)
         _refuse(batch_size, kwargs)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,25 +63,25 @@ class SkvqLM(HFLM):  # type: ignore[misc]  # lm-eval carries no types
                 "merge an adapter into its model, and load weights as transformers loads them."
             )
         geometry = Geometry.from_config(self.model.config)
-        made = None if plan is None else Plan.load(plan, geometry, self.scheme)
-        self.cache = SkvqHFCache(self.model, self.scheme, made, exact)
+        made = None if plan is None else Plan.load(plan, geometry, parsed)
+        self.cache = SkvqHFCache(self.model, parsed, made, exact)
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results: the model, and how its cache was read."""
-        plan, head_dim = self.cache.plan, Geometry.from_config(self.model.config).head_dim
-        file = self.plan_file
+        plan, file = self.cache.plan, self.plan_file
         info: dict[str, Any] = super().get_model_info()
         return info | {
             "skvq_version": __version__,
-            "skvq_scheme": str(self.scheme),
-            "skvq_bits_per_value": self.scheme.record_format(head_dim).bits_per_value,
+            "skvq_scheme": str(self.cache.scheme),
+            "skvq_bits_per_value": plan.bits_per_value,
             "skvq_plan": plan.origin,
             "skvq_plan_sha256": None if file is None else _sha256(file),
             "skvq_prefill": self.prefill,
         }
 
     def _reader(self) -> Reader:
-        return Reader(self.model, self.cache, packed_chunk(self.scheme.rollback), self.prefill)
+        chunk = packed_chunk(self.cache.scheme.rollback)
+        return Reader(self.model, self.cache, chunk, self.prefill)
 
     def _loglikelihood_tokens(
         self,
