@@ -11,7 +11,7 @@ from skvq_ext.door import Door
 from skvq_ext.geometry import Geometry
 from skvq_ext.layer_cache import LayerCache, readable_format
 from skvq_ext.memory import memory
-from skvq_ext.plan import LayerPlan, Plan, parts_of
+from skvq_ext.plan import LayerPlan, Plan
 from skvq_ext.ragged import Ragged
 from skvq_ext.scheme import Scheme
 from skvq_ext.split_cache import make_layer_cache
@@ -63,11 +63,7 @@ class SkvqCache:
             raise ValueError(f"dtype {dtype} is not supported; use float32, float16 or bfloat16.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        formats = {
-            part.scheme(self.scheme)
-            for layer in plan.layers
-            for part in parts_of(layer, self.scheme, num_kv_heads)
-        }
+        formats = {part.scheme(self.scheme) for _, part in plan.named_parts()}
         for each in sorted(formats, key=str):  # before anything is allocated there
             readable_format(each, head_dim, dtype, device)
         # a default plan repeats one layer
@@ -198,16 +194,20 @@ def check_rows(indices: Tensor | Sequence[int], batch_size: int) -> list[int]:
 
 
 def resolve(
-    scheme: str | Scheme | None, plan: Plan | None, geometry: Geometry
+    scheme: str | Scheme | None,
+    plan: Plan | None,
+    geometry: Geometry,
+    key_scales: Tensor | None = None,
 ) -> tuple[Scheme, Plan]:
     """The scheme, and the plan of all layers: the given one if it fits, else the default one.
 
-    Without a scheme that of the plan is taken, or the default one. Raises: SchemeError, PlanError.
+    Without a scheme that of the plan is taken, or DEFAULT_SCHEME. Args: key_scales of the default
+    plan, see `Plan.default`. Raises: SchemeError, PlanError.
     """
     if scheme is None:
         scheme = DEFAULT_SCHEME if plan is None else plan.scheme
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     if plan is None:
-        return scheme, Plan.default(geometry, scheme)
+        return scheme, Plan.default(geometry, scheme, key_scales)
     plan.check(geometry, scheme)
     return scheme, plan

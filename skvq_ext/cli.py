@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from skvq_ext.calibrate.command import calibrate
 from skvq_ext.evaluate.command import evaluate
 
 # torch and transformers take seconds to import: only the commands that need them do.
@@ -39,7 +40,12 @@ ModelOption = Annotated[
 TextOption = Annotated[
     Path, typer.Option(exists=True, dir_okay=False, readable=True, help="UTF-8 text file.")
 ]
-SchemeOption = Annotated[str, typer.Option(help="How the cache stores tokens.")]
+SchemeOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How the cache stores tokens; default: that of the plan, or {DEFAULT_SCHEME}."
+    ),
+]
 PlanOption = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="Plan of this model, from 'skvq calibrate'."),
@@ -85,7 +91,7 @@ def info(
 def ppl(
     model: ModelOption,
     text: TextOption,
-    scheme: SchemeOption = DEFAULT_SCHEME,
+    scheme: SchemeOption = None,
     plan: PlanOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to score.")] = 1024,
     skip: Annotated[
@@ -107,8 +113,8 @@ def ppl(
     from skvq_ext import report
     from skvq_ext.perplexity import score_full, score_packed
 
-    parsed = _scheme(scheme)
     loaded = _load(model, dtype, device)
+    parsed, made = _scheme_and_plan(scheme, plan, loaded)
     ids = loaded.encode(text.read_text(encoding="utf-8"))
     if ids.shape[1] < skip + tokens:
         raise ValueError(
@@ -116,7 +122,6 @@ def ppl(
             "ask for fewer or give a longer text."
         )
     ids = ids[:, : skip + tokens]
-    made = _plan(plan, loaded, parsed)
     with report.steps() as step:
         full = score_full(loaded.model, ids, skip, step)
         packed = score_packed(loaded.model, ids, parsed, made, skip, step, exact=exact)
@@ -148,7 +153,7 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Text to continue, as a file.")
     ] = None,
-    scheme: SchemeOption = DEFAULT_SCHEME,
+    scheme: SchemeOption = None,
     plan: PlanOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens, at most.")] = 128,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat form.")] = False,
@@ -161,13 +166,12 @@ def generate(
     from skvq_ext import report
     from skvq_ext.generation import continue_text, full_cache, packed_cache
 
-    parsed = _scheme(scheme)
     if bool(prompt) == (prompt_file is not None):
         raise ValueError("give the text to continue by --prompt or by --prompt-file, one of them.")
     words = prompt if prompt_file is None else prompt_file.read_text(encoding="utf-8")
     loaded = _load(model, dtype, device)
+    parsed, made = _scheme_and_plan(scheme, plan, loaded)
     ids = loaded.encode_chat(words) if chat else loaded.encode(words)
-    made = _plan(plan, loaded, parsed)
     caches = {"packed": packed_cache(loaded.model, parsed, made, exact)}
     if full:
         caches = {"full precision": full_cache(loaded.model)} | caches
@@ -183,7 +187,7 @@ def ledger(
     context: Annotated[
         list[int] | None, typer.Option("--context", "-c", min=1, help="Tokens; may be repeated.")
     ] = None,
-    scheme: SchemeOption = DEFAULT_SCHEME,
+    scheme: Annotated[str, typer.Option(help="How the cache stores tokens.")] = DEFAULT_SCHEME,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Bytes of a packed cache beside a 16-bit one, for a model's geometry and a context."""
@@ -199,29 +203,7 @@ def ledger(
         report.show_ledger(model, counted, rows)
 
 
-@app.command()
-def calibrate(
-    model: Annotated[str, typer.Argument(help="As --model of the other commands.")],
-    text: TextOption,
-    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="The plan.")],
-    scheme: SchemeOption = DEFAULT_SCHEME,
-    tokens: Annotated[int, typer.Option(min=64, help="Tokens of the text to use.")] = 8192,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "cpu",
-) -> None:
-    """Makes a plan in one pass over a text: centre, balanced scaling, Hadamard, clip."""
-    from skvq_ext import report
-    from skvq_ext.calibrate import calibrate as make_plan
-
-    parsed = _scheme(scheme)
-    loaded = _load(model, dtype, device)
-    ids = loaded.encode(text.read_text(encoding="utf-8"))[:, :tokens]
-    with report.steps() as step:
-        made = make_plan(loaded.model, ids, parsed, max_tokens=tokens, progress=step)
-    made.save(output)
-    report.say(f"{output}: plan of {loaded.name} for {made.scheme}, from {ids.shape[1]} tokens")
-
-
+app.command()(calibrate)
 app.command("eval")(evaluate)
 
 
@@ -231,19 +213,25 @@ def _scheme(text: str) -> Scheme:
     return Scheme.parse(text)
 
 
+def _scheme_and_plan(
+    scheme: str | None, path: Path | None, loaded: LanguageModel
+) -> tuple[Scheme, Plan | None]:
+    """The scheme asked for, or else that of the plan; the plan, checked against model and scheme."""
+    from skvq_ext.geometry import Geometry
+    from skvq_ext.plan import Plan
+
+    parsed = None if scheme is None else _scheme(scheme)
+    if path is None:
+        return parsed or _scheme(DEFAULT_SCHEME), None
+    geometry = Geometry.from_config(loaded.model.config)
+    plan = Plan.load(path, geometry, parsed, loaded.tokenizer_fingerprint)
+    return parsed or plan.scheme, plan
+
+
 def _load(model: str, dtype: str, device: str) -> LanguageModel:
     from skvq_ext.models import load_model
 
     return load_model(model, dtype, device)
-
-
-def _plan(path: Path | None, loaded: LanguageModel, scheme: Scheme) -> Plan | None:
-    if path is None:
-        return None
-    from skvq_ext.geometry import Geometry
-    from skvq_ext.plan import Plan
-
-    return Plan.load(path, Geometry.from_config(loaded.model.config), scheme)
 
 
 def _write_json(path: Path | None, result: dict[str, Any]) -> None:

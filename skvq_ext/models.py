@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from hashlib import sha256
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,12 @@ class LanguageModel:
     name: str
     model: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Of the vocabulary: plans are calibrated on tokens, and other tokens make other keys."""
+        words = sorted(self.tokenizer.get_vocab().items())
+        return sha256(json.dumps(words).encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> torch.Tensor:
         """Token ids of a text, int64 [1, num_tokens], on the model's device."""

@@ -63,7 +63,20 @@ class LayerStatistics:
     output_energy: Tensor | None = None  # f64 [H, D], squares of the W_o columns a value meets
 
 
-class Observer:
+class Watcher:
+    """Sees every attention call of a model; `observing` calls it. Does nothing by itself."""
+
+    def see(self, module: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Before a call: query [B, Hq, T, D], key and value [B, H, T, D], after RoPE."""
+
+    def attended(
+        self, module: Any, rows: tuple[Tensor, Tensor, Tensor], out: Tensor, options: dict[str, Any]
+    ) -> None:
+        """After a call. rows: query, key and value as `see` gets them; out [B, T, Hq, D]; options,
+        keyword arguments of the call in the protocol of transformers.AttentionInterface."""
+
+
+class Observer(Watcher):
     """Collects statistics while a model runs; the first `skip` tokens of a call do not count."""
 
     def __init__(self, num_layers: int, skip: int, *, output_energy: bool = True) -> None:
@@ -74,22 +87,17 @@ class Observer:
 
     def see(self, module: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
         """One attention call: query [1, Hq, T, D], key and value [1, H, T, D], after RoPE."""
-        index = getattr(module, "layer_idx", None)
-        if not isinstance(index, int) or index >= len(self.layers):
-            raise ObservationError(
-                f"{type(module).__name__} has no usable layer_idx (found {index!r}): its keys "
-                "cannot be told apart by layer. Calibration needs a decoder of transformers 5."
-            )
+        index = layer_of(module, len(self.layers))
         layer, (heads, _, dim) = self.layers[index], key.shape[1:]
         keep = self.sampled.to(key.device)
         for name, moments, x in (("keys", layer.k, key), ("values", layer.v, value)):
-            _check_finite(index, name, x)
+            check_finite(index, name, x)
             moments.add(x[0, :, self._skip :], keep)
-        _check_finite(index, "queries", query)
+        check_finite(index, "queries", query)
         grouped = query[0, :, self._skip :].reshape(heads, -1, dim)
         layer.q.add(grouped, keep[:0])
         if self._output_energy and layer.output_energy is None:
-            layer.output_energy = _output_energy(module, index, query.shape[1], heads, dim)
+            layer.output_energy = output_energy(module, index, query.shape[1], heads, dim)
 
     def check_complete(self) -> None:
         """Raises ObservationError where a layer's attention was never called."""
@@ -102,11 +110,22 @@ class Observer:
             )
 
 
-_ACTIVE: ContextVar[tuple[Observer, str] | None] = ContextVar("skvq_observer", default=None)
+def layer_of(module: Any, num_layers: int) -> int:
+    """The layer an attention module belongs to. Raises: ObservationError where it does not say."""
+    index = getattr(module, "layer_idx", None)
+    if not isinstance(index, int) or index >= num_layers:
+        raise ObservationError(
+            f"{type(module).__name__} has no usable layer_idx (found {index!r}): its keys "
+            "cannot be told apart by layer. Calibration needs a decoder of transformers 5."
+        )
+    return index
+
+
+_ACTIVE: ContextVar[tuple[Watcher, str] | None] = ContextVar("skvq_observer", default=None)
 
 
 @contextmanager
-def observing(model: Any, observer: Observer) -> Iterator[None]:
+def observing(model: Any, observer: Watcher) -> Iterator[None]:
     """While inside, the model's attention reports to `observer` and computes what it always did."""
     config = model.config.get_text_config(decoder=True)
     usual = config._attn_implementation
@@ -132,10 +151,13 @@ def _attention(
         inner = sys.modules[type(module).__module__].eager_attention_forward
     else:
         inner = ALL_ATTENTION_FUNCTIONS[usual]
-    return inner(module, query, key, value, *args, **kwargs)
+    out, weights = inner(module, query, key, value, *args, **kwargs)
+    observer.attended(module, (query, key, value), out, kwargs)
+    return out, weights
 
 
-def _check_finite(layer: int, name: str, x: Tensor) -> None:
+def check_finite(layer: int, name: str, x: Tensor) -> None:
+    """Raises ObservationError where x holds NaN or infinity."""
     if not torch.isfinite(x).all():
         raise ObservationError(
             f"the {name} of layer {layer} hold NaN or infinity. The model overflows on this text; "
@@ -143,7 +165,7 @@ def _check_finite(layer: int, name: str, x: Tensor) -> None:
         )
 
 
-def _output_energy(module: Any, layer: int, num_q_heads: int, heads: int, dim: int) -> Tensor:
+def output_energy(module: Any, layer: int, num_q_heads: int, heads: int, dim: int) -> Tensor:
     """Per KV head and channel, the squares of the output projection's columns it is read by."""
     found = [getattr(module, name) for name in _OUTPUT_PROJECTIONS if hasattr(module, name)]
     weight = getattr(found[0], "weight", None) if found else None

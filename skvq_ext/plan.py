@@ -182,9 +182,11 @@ class Plan:
         return sum(spent) / (heads * len(self.layers))
 
     @classmethod
-    def default(cls, geometry: Geometry, scheme: Scheme) -> Plan:
+    def default(cls, geometry: Geometry, scheme: Scheme, key_scales: Tensor | None = None) -> Plan:
         """The plan that needs no calibration: Hadamard and a fixed clip, or what the scheme names.
 
+        Args: key_scales f32 [num_layers, head_dim], divisors of key channels that weights tell (see
+        `skvq_ext.hf.norms`); they apply where the scheme names no transform.
         Raises: PlanError where the scheme names a transform that only calibration can give.
         """
         calibrated = (scheme.transform or frozenset()) & {"centre", "balance"}
@@ -201,9 +203,16 @@ class Plan:
             )
         if scheme.transform is None:
             scheme = replace(scheme, transform=frozenset({"hadamard"}))
+        else:
+            key_scales = None
         plan = cls(scheme, geometry, [], origin="default, not calibrated")
         layer = LayerPlan(*(plan._default_tensor(name) for name in ("k", "v")))
-        plan.layers.extend([layer] * geometry.num_layers)
+        if key_scales is None:
+            plan.layers.extend([layer] * geometry.num_layers)
+            return plan
+        for scale in key_scales.cpu():
+            k = replace(layer.k, scale=scale.float().expand_as(layer.k.scale).contiguous())
+            plan.layers.append(LayerPlan(k, layer.v))
         return plan
 
     def _default_tensor(self, name: str) -> TensorPlan:

@@ -100,7 +100,7 @@ class Builder:
                 f"{text!r}: there is no plan {path!r}; make one, 'skvq calibrate'."
             )
         scheme = Scheme.parse(written) if written else None
-        plan = Plan.load(path, geometry, scheme)
+        plan = Plan.load(path, geometry, scheme, self.loaded.tokenizer_fingerprint)
         name = f"{scheme or plan.scheme}, plan {Path(path).stem}"
         return Packed(geometry, scheme or plan.scheme, plan, name, self.exact)
 

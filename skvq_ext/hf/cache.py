@@ -18,6 +18,7 @@ from skvq_ext.geometry import Geometry
 from skvq_ext.hf import exact
 from skvq_ext.hf.attention import NAME, attach, enable
 from skvq_ext.hf.forward import CacheLength, ForwardState
+from skvq_ext.hf.norms import key_scales
 from skvq_ext.layer_cache import LayerCache
 from skvq_ext.memory import memory
 from skvq_ext.plan import LayerPlan, Plan, SplitPlan
@@ -297,7 +298,10 @@ class SkvqHFCache(Cache):
                 "packed. Use a decoder-only model."
             )
         geometry = Geometry.from_config(config)
-        self.scheme, self.plan = resolve(scheme, plan, geometry)
+        scales = None
+        if plan is None and isinstance(model_or_config, PreTrainedModel):
+            scales = key_scales(model_or_config, geometry)
+        self.scheme, self.plan = resolve(scheme, plan, geometry, scales)
         self.state = ForwardState()
         text = config.get_text_config(decoder=True)
         recipe = _Recipe(text, self.scheme, geometry, self.plan, exact, {})

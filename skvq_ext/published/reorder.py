@@ -40,7 +40,7 @@ def cluster(low: Tensor, high: Tensor, group: int, seed: int) -> Grouping:
     the mean size of a group; seed of K-Means.
     Raises: ReorderError.
     """
-    from sklearn.cluster import KMeans  # type: ignore[import-untyped]
+    from sklearn.cluster import KMeans
 
     channels = len(low)
     count = channels // group
@@ -49,7 +49,7 @@ def cluster(low: Tensor, high: Tensor, group: int, seed: int) -> Grouping:
             f"g{group} is more than the {channels} channels of all KV heads of a layer. Choose a "
             "smaller group."
         )
-    points = torch.stack([low, high], dim=1).double()
+    points = torch.stack([low, high], dim=1).double().cpu()
     count = min(count, len(points.unique(dim=0)))
     fitted = KMeans(count, n_init=_RESTARTS, random_state=seed).fit(points.numpy())
     labels = torch.from_numpy(fitted.labels_).long()

@@ -1,0 +1,207 @@
+"""Calibration from end to end: read, weigh, search layer by layer, spend the bits, write the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skvq_ext.calibrate.allocate import Choice, allocate
+from skvq_ext.calibrate.formats import layer_of_heads, open_pairs, shapes_of, split_layer
+from skvq_ext.calibrate.objective import Softmax
+from skvq_ext.calibrate.resume import Progress, fingerprint
+from skvq_ext.calibrate.search import LayerRows, Option, search_head
+from skvq_ext.calibrate.sensitivity import fisher
+from skvq_ext.calibrate.texts import check_texts, make_segments
+from skvq_ext.geometry import Geometry
+from skvq_ext.observe import ObservationError, Watcher, check_finite, layer_of, observing
+from skvq_ext.plan import Plan
+from skvq_ext.scheme import Scheme
+
+# Called with (what is being done, units done, units in all).
+Step = Callable[[str, int, int], None]
+
+QUERIES = 96  # of each segment that errors are measured at
+LEAST = 64  # tokens behind sinks and window; fewer say nothing about a channel
+
+Head = dict[str, dict[str, Option]]  # side -> format -> option
+
+
+def calibrate(
+    model: Any,
+    token_ids: Tensor | Sequence[Tensor],
+    scheme: Scheme,
+    *,
+    max_tokens: int = 4096,
+    seed: int = 0,
+    progress: bool | Step = True,
+    formats: Sequence[tuple[str, str]] | None = None,
+    tokenizer: str = "",
+    resume: Path | None = None,
+) -> Plan:
+    """Searches a plan for a transformers decoder: transforms, clip, and under a budget the formats.
+
+    Three readings of the calibration segments (`texts.make_segments`): one with gradients, for what
+    an error in each head costs; one in which each layer is searched while it computes, so that no
+    more than one layer's keys are in memory.
+
+    Args: model; token_ids, one text int64 [n] or [1, n] or several; scheme, whose transform and
+    clip, where given, are kept, and whose budget 'bits' lets heads have formats of their own;
+    max_tokens read; seed of everything drawn; progress, True for a bar on the terminal or a function
+    called with (name, done, total); formats, pairs (k, v) heads may get under a budget, None = all;
+    tokenizer, fingerprint the plan will be checked against; resume, a directory where finished layers
+    are kept until the plan is complete.
+    Returns: the plan; equal arguments give equal plans.
+    Raises: CalibrationError, ObservationError, GeometryError, SchemeError.
+    """
+    geometry = Geometry.from_config(model.config)
+    least = scheme.sinks + scheme.window + LEAST
+    texts = check_texts(token_ids, least, geometry.vocab_size)
+    segments = make_segments(texts, max_tokens, seed)
+    pairs = open_pairs(scheme, geometry.head_dim, formats)
+    origin = f"searched on {segments.numel()} tokens in {len(segments)} segments, seed {seed}"
+    plan = Plan(scheme, geometry, [], origin=origin, tokenizer=tokenizer)
+    mark = fingerprint(geometry, scheme, segments, pairs, seed)
+    with _steps(progress) as step, _frozen(model), torch.no_grad():
+        kept = Progress(resume, mark)
+        weights = kept.fisher(
+            lambda: fisher(
+                model,
+                segments,
+                geometry.num_layers,
+                seed,
+                lambda done, total: step("weighing heads", done, total),
+            )
+        )
+        searched = _Search(plan, weights, pairs, seed, kept, step)
+        with observing(model, searched):
+            model.base_model(input_ids=segments.to(model.device), use_cache=False)
+        searched.check_complete()
+    plan.layers.extend(_assemble(searched.found, plan, pairs))
+    kept.forget()
+    return plan
+
+
+class _Search(Watcher):
+    """Searches each layer the moment the model computes it."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: list[Tensor],
+        pairs: Sequence[tuple[str, str]],
+        seed: int,
+        kept: Progress,
+        step: Step,
+    ) -> None:
+        self.found: dict[int, list[Head]] = {}
+        self._plan, self._weights, self._seed = plan, weights, seed
+        self._shapes = shapes_of(plan, pairs)
+        self._kept, self._step = kept, step
+
+    def attended(
+        self, module: Any, rows: tuple[Tensor, Tensor, Tensor], out: Tensor, options: dict[str, Any]
+    ) -> None:
+        index = layer_of(module, self._plan.geometry.num_layers)
+        for name, x in zip(("queries", "keys", "values"), rows, strict=True):
+            check_finite(index, name, x)
+        heads = self._kept.layer(index, self._shapes)
+        if heads is None:
+            layer = self._rows(index, rows, options)
+            scheme = self._plan.scheme
+            with torch.inference_mode(False):
+                heads = [
+                    search_head(layer, head, self._shapes, scheme, self._seed)
+                    for head in range(rows[1].shape[1])
+                ]
+            self._kept.keep(index, heads)
+        self.found[index] = heads
+        self._step("searching layers", len(self.found), self._plan.geometry.num_layers)
+
+    def check_complete(self) -> None:
+        """Raises ObservationError where a layer's attention was never called."""
+        layers = range(self._plan.geometry.num_layers)
+        missing = [index for index in layers if index not in self.found]
+        if missing:
+            raise ObservationError(
+                f"layers {missing[:4]} of {len(layers)} never called the attention interface "
+                "of transformers, so their keys cannot be observed. Use a decoder model that "
+                "supports attn_implementation='sdpa' or 'eager' through that interface."
+            )
+
+    def _rows(
+        self, index: int, rows: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]
+    ) -> LayerRows:
+        q, k, v = (x.detach().float().cpu() for x in rows)
+        scheme, tokens = self._plan.scheme, k.shape[2]
+        first = scheme.sinks + scheme.window
+        dice = torch.Generator().manual_seed(self._seed + index)
+        some = torch.randperm(tokens - first, generator=dice)[:QUERIES].sort().values + first
+        scale, sinks = options.get("scaling"), options.get("s_aux")
+        windows = self._plan.geometry.sliding_windows or ()
+        how = Softmax(
+            q.shape[-1] ** -0.5 if scale is None else float(scale),
+            float(options.get("softcap") or 0.0),
+            windows[index],
+            None if sinks is None else sinks.detach().float().cpu(),
+        )
+        return LayerRows(q[:, :, some].contiguous(), k, v, some, how, self._weights[index])
+
+
+def _assemble(
+    found: dict[int, list[Head]], plan: Plan, pairs: Sequence[tuple[str, str]]
+) -> list[Any]:
+    """Layer plans from what was found, formats chosen within the budget where there is one."""
+    scheme, dim = plan.scheme, plan.geometry.head_dim
+    heads = [(index, head) for index in sorted(found) for head in found[index]]
+    if scheme.bits is None:
+        chosen = [pairs[0]] * len(heads)
+    else:
+        bits = {pair: _bits(scheme, pair, dim) for pair in pairs}
+        units = [
+            [
+                Choice(k, v, bits[k, v], head["k"][k].error.nats + head["v"][v].error.nats)
+                for k, v in pairs
+            ]
+            for _, head in heads
+        ]
+        chosen = [(choice.k, choice.v) for choice in allocate(units, scheme.bits)]
+    layers: dict[int, list[Any]] = {}
+    for (index, head), (k, v) in zip(heads, chosen, strict=True):
+        layers.setdefault(index, []).append((k, v, head["k"][k].tensor, head["v"][v].tensor))
+    build = layer_of_heads if scheme.bits is None else split_layer
+    return [build(layers[index]) for index in sorted(layers)]
+
+
+def _bits(scheme: Scheme, pair: tuple[str, str], head_dim: int) -> float:
+    one = replace(scheme, k=pair[0], v=pair[1], bits=None)
+    return one.record_format(head_dim).bits_per_value
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """While inside, the model is in evaluation mode and its weights want no gradients."""
+    training = model.training
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        model.train(training)
+
+
+def _steps(progress: bool | Step) -> Any:
+    if not isinstance(progress, bool):
+        return nullcontext(progress)
+    from skvq_ext import report
+
+    return report.steps() if progress else nullcontext(report.no_steps)

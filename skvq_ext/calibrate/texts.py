@@ -1,0 +1,116 @@
+"""What a model reads during calibration: pieces of text as they are, and pieces it has to recall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+SEGMENT = 2048  # tokens a model reads at once: far beyond a window
+_PIECES = (24, 97)  # tokens of a piece that comes back, from and below
+PACKAGED = Path(__file__).with_name("text.txt")  # an old novel and technical prose
+
+
+class CalibrationError(ValueError):
+    """A text or a model that cannot be calibrated on."""
+
+
+def packaged_text() -> str:
+    """The small text that is used where none is given."""
+    return PACKAGED.read_text(encoding="utf-8")
+
+
+def read_tokens(path: Path, encode: Callable[[str], Tensor]) -> Tensor:
+    """Token ids int64 [n] of a UTF-8 text, or of a safetensors file with one integer tensor [n].
+
+    Raises: CalibrationError for a file that is neither.
+    """
+    if path.suffix != ".safetensors":
+        try:
+            return encode(path.read_text(encoding="utf-8"))[0].cpu()
+        except UnicodeDecodeError as error:
+            raise CalibrationError(
+                f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Convert it, or "
+                "give token ids in a .safetensors file."
+            ) from None
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise CalibrationError(f"{path} is not a safetensors file: {error}.") from None
+    if len(tensors) != 1:
+        raise CalibrationError(
+            f"{path} holds {len(tensors)} tensors; token ids are one integer tensor [n]."
+        )
+    (ids,) = tensors.values()
+    return ids
+
+
+def check_texts(
+    token_ids: Tensor | Sequence[Tensor], least: int, vocab: int | None
+) -> list[Tensor]:
+    """Texts as a list of int64 [n] on the CPU.
+
+    Args: token_ids, one text [n] or [1, n] or several; least, tokens of all that are needed; vocab,
+    tokens the model knows. Raises: CalibrationError.
+    """
+    given = [token_ids] if isinstance(token_ids, Tensor) else list(token_ids)
+    texts = [x[0] if x.dim() == 2 and x.shape[0] == 1 else x for x in given]
+    for ids in texts:
+        if ids.dim() != 1 or ids.is_floating_point():
+            raise CalibrationError(
+                f"token_ids is {ids.dtype} {list(ids.shape)}; calibration reads texts "
+                "of integer ids [n]."
+            )
+    total = sum(len(ids) for ids in texts)
+    if total < least:
+        raise CalibrationError(
+            f"the text has {total} tokens, too few to calibrate on: at least {least} are "
+            "needed, and a few thousand are better. Give a longer text."
+        )
+    low, high = (
+        int(f(ids)) for f, ids in ((torch.min, torch.cat(texts)), (torch.max, torch.cat(texts)))
+    )
+    if vocab is not None and (low < 0 or high >= vocab):
+        raise CalibrationError(
+            f"token ids reach from {low} to {high}, the model's vocabulary "
+            f"has {vocab}. Use the tokenizer of this model."
+        )
+    return [ids.long().cpu() for ids in texts]
+
+
+def make_segments(texts: Sequence[Tensor], max_tokens: int, seed: int) -> Tensor:
+    """Equally long segments: half of them text as it is, half pieces of it in two orders.
+
+    A text seldom asks for an exact detail from far back, and keys that serve this are the first to
+    suffer at two bits. In the second kind of segment every piece of the first half comes back in
+    the second half, so that it can be recalled.
+    Args: texts, int64 [n] each; max_tokens of all segments, at least one is made.
+    Returns: int64 [segments, tokens], no more than SEGMENT tokens each.
+    """
+    ids = torch.cat(list(texts))
+    length = min(SEGMENT, len(ids), max(1, max_tokens))
+    count = max(1, max_tokens // length)
+    plain = (count + 1) // 2
+    starts = torch.linspace(0, len(ids) - length, count + 2)[1:-1].long().tolist()
+    if length == len(ids):
+        plain, starts = 1, [0] * min(count, 2)
+    dice = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(starts), generator=dice).tolist()
+    chosen = [ids[starts[i] : starts[i] + length] for i in order]
+    return torch.stack([*chosen[:plain], *(_recalled(part, dice) for part in chosen[plain:])])
+
+
+def _recalled(ids: Tensor, dice: torch.Generator) -> Tensor:
+    """The first half of a segment, then its pieces in another order."""
+    half, pieces, start = len(ids) // 2, [], 0
+    while start < half:
+        size = int(torch.randint(*_PIECES, (1,), generator=dice))
+        pieces.append(ids[start : min(half, start + size)])
+        start += size
+    order = torch.randperm(len(pieces), generator=dice).tolist()
+    again = torch.cat([pieces[i] for i in order])
+    return torch.cat([ids[: len(ids) - len(again)], again])
