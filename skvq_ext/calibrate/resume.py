@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from skvq_ext import __version__
 from skvq_ext.calibrate.objective import Error
 from skvq_ext.calibrate.search import Option, Shapes
 from skvq_ext.geometry import Geometry
@@ -21,11 +23,13 @@ from skvq_ext.plan import TensorPlan
 from skvq_ext.scheme import Scheme
 
 _ENTRY = "skvq_layer"
+_SAMPLED = 512  # values of a parameter that tell it from others
 _PARTS = ("permutation", "shift", "scale", "dense", "clip", "exponents")
 Head = dict[str, dict[str, Option]]
 
 
 def fingerprint(
+    model: Any,
     geometry: Geometry,
     scheme: Scheme,
     segments: Tensor,
@@ -34,11 +38,18 @@ def fingerprint(
 ) -> str:
     """What must agree for kept layers to be of use: everything that decides them.
 
-    How many bits may be spent decides nothing before all layers are searched.
+    How many bits may be spent decides nothing before all layers are searched. Weights are told
+    apart by a sample of every parameter.
     """
     searched = str(scheme if scheme.bits is None else replace(scheme, bits=9.0))
-    text = json.dumps([geometry.as_dict(), searched, list(pairs), seed], sort_keys=True)
-    return sha256(text.encode() + segments.numpy().tobytes()).hexdigest()[:16]
+    known = [__version__, geometry.as_dict(), searched, list(pairs), seed]
+    found = sha256(json.dumps(known, sort_keys=True).encode())
+    found.update(segments.numpy().tobytes())
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        values = values[:: max(1, len(values) // _SAMPLED)].float().cpu()
+        found.update(f"{name} {parameter.dtype}".encode() + values.numpy().tobytes())
+    return f"search-{found.hexdigest()[:16]}"
 
 
 class Progress:
@@ -46,13 +57,13 @@ class Progress:
 
     def __init__(self, directory: Path | None, mark: str) -> None:
         """Args: mark, see `fingerprint`; layers of another mark are thrown away."""
-        self._directory = None if directory is None else directory / mark
-        if directory is not None and directory.is_dir() and self._directory is not None:
-            for other in directory.iterdir():
-                if other != self._directory and other.is_dir():
-                    shutil.rmtree(other)
-        if self._directory is not None:
+        self._directory = None
+        if directory is not None:
+            self._directory = directory / mark
             self._directory.mkdir(parents=True, exist_ok=True)
+            for other in directory.iterdir():  # nothing but what an earlier search left behind
+                if other != self._directory and re.fullmatch(r"search-[0-9a-f]{16}", other.name):
+                    shutil.rmtree(other)
 
     def fisher(self, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """The matrices of all layers, made where they are not kept."""

@@ -19,7 +19,7 @@ from skvq_ext.calibrate.search import LayerRows, Option, search_head
 from skvq_ext.calibrate.sensitivity import fisher
 from skvq_ext.calibrate.texts import check_texts, make_segments
 from skvq_ext.geometry import Geometry
-from skvq_ext.observe import ObservationError, Watcher, check_finite, layer_of, observing
+from skvq_ext.observe import Watcher, check_finite, layer_of, observing
 from skvq_ext.plan import Plan
 from skvq_ext.scheme import Scheme
 
@@ -32,6 +32,7 @@ LEAST = 64  # tokens behind sinks and window; fewer say nothing about a channel
 Head = dict[str, dict[str, Option]]  # side -> format -> option
 
 
+@torch.inference_mode(False)
 def calibrate(
     model: Any,
     token_ids: Tensor | Sequence[Tensor],
@@ -62,11 +63,11 @@ def calibrate(
     geometry = Geometry.from_config(model.config)
     least = scheme.sinks + scheme.window + LEAST
     texts = check_texts(token_ids, least, geometry.vocab_size)
-    segments = make_segments(texts, max_tokens, seed)
+    segments = make_segments(texts, max_tokens, seed, least)
     pairs = open_pairs(scheme, geometry.head_dim, formats)
     origin = f"searched on {segments.numel()} tokens in {len(segments)} segments, seed {seed}"
     plan = Plan(scheme, geometry, [], origin=origin, tokenizer=tokenizer)
-    mark = fingerprint(geometry, scheme, segments, pairs, seed)
+    mark = "" if resume is None else fingerprint(model, geometry, scheme, segments, pairs, seed)
     with _steps(progress) as step, _frozen(model), torch.no_grad():
         kept = Progress(resume, mark)
         weights = kept.fisher(
@@ -81,7 +82,6 @@ def calibrate(
         searched = _Search(plan, weights, pairs, seed, kept, step)
         with observing(model, searched):
             model.base_model(input_ids=segments.to(model.device), use_cache=False)
-        searched.check_complete()
     plan.layers.extend(_assemble(searched.found, plan, pairs))
     kept.forget()
     return plan
@@ -114,25 +114,13 @@ class _Search(Watcher):
         if heads is None:
             layer = self._rows(index, rows, options)
             scheme = self._plan.scheme
-            with torch.inference_mode(False):
-                heads = [
-                    search_head(layer, head, self._shapes, scheme, self._seed)
-                    for head in range(rows[1].shape[1])
-                ]
+            heads = [
+                search_head(layer, head, self._shapes, scheme, self._seed)
+                for head in range(rows[1].shape[1])
+            ]
             self._kept.keep(index, heads)
         self.found[index] = heads
         self._step("searching layers", len(self.found), self._plan.geometry.num_layers)
-
-    def check_complete(self) -> None:
-        """Raises ObservationError where a layer's attention was never called."""
-        layers = range(self._plan.geometry.num_layers)
-        missing = [index for index in layers if index not in self.found]
-        if missing:
-            raise ObservationError(
-                f"layers {missing[:4]} of {len(layers)} never called the attention interface "
-                "of transformers, so their keys cannot be observed. Use a decoder model that "
-                "supports attn_implementation='sdpa' or 'eager' through that interface."
-            )
 
     def _rows(
         self, index: int, rows: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]

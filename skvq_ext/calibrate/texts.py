@@ -71,29 +71,34 @@ def check_texts(
             f"the text has {total} tokens, too few to calibrate on: at least {least} are "
             "needed, and a few thousand are better. Give a longer text."
         )
-    low, high = (
-        int(f(ids)) for f, ids in ((torch.min, torch.cat(texts)), (torch.max, torch.cat(texts)))
-    )
+    texts = [ids.long().cpu() for ids in texts]
+    low, high = (int(x) for x in torch.cat(texts).aminmax())
     if vocab is not None and (low < 0 or high >= vocab):
         raise CalibrationError(
             f"token ids reach from {low} to {high}, the model's vocabulary "
             f"has {vocab}. Use the tokenizer of this model."
         )
-    return [ids.long().cpu() for ids in texts]
+    return texts
 
 
-def make_segments(texts: Sequence[Tensor], max_tokens: int, seed: int) -> Tensor:
+def make_segments(texts: Sequence[Tensor], max_tokens: int, seed: int, least: int = 1) -> Tensor:
     """Equally long segments: half of them text as it is, half pieces of it in two orders.
 
     A text seldom asks for an exact detail from far back, and keys that serve this are the first to
     suffer at two bits. In the second kind of segment every piece of the first half comes back in
     the second half, so that it can be recalled.
-    Args: texts, int64 [n] each; max_tokens of all segments, at least one is made.
-    Returns: int64 [segments, tokens], no more than SEGMENT tokens each.
+    Args: texts, int64 [n] each; max_tokens of all segments; least, tokens a segment needs.
+    Returns: int64 [segments, tokens], no more tokens each than SEGMENT or, if more, twice `least`.
+    Raises: CalibrationError where max_tokens is less than one segment needs.
     """
+    if max_tokens < least:
+        raise CalibrationError(
+            f"max_tokens is {max_tokens}, too few to calibrate on: at least {least} are needed "
+            "with this window and these sinks, and a few thousand are better."
+        )
     ids = torch.cat(list(texts))
-    length = min(SEGMENT, len(ids), max(1, max_tokens))
-    count = max(1, max_tokens // length)
+    length = min(max(SEGMENT, 2 * least), len(ids), max_tokens)
+    count = max_tokens // length
     plain = (count + 1) // 2
     starts = torch.linspace(0, len(ids) - length, count + 2)[1:-1].long().tolist()
     if length == len(ids):
