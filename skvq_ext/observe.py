@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -101,13 +101,8 @@ class Observer(Watcher):
 
     def check_complete(self) -> None:
         """Raises ObservationError where a layer's attention was never called."""
-        missing = [index for index, layer in enumerate(self.layers) if layer.k.count == 0]
-        if missing:
-            raise ObservationError(
-                f"layers {missing[:4]} of {len(self.layers)} never called the attention interface "
-                "of transformers, so their keys cannot be observed. Use a decoder model that "
-                "supports attn_implementation='sdpa' or 'eager' through that interface."
-            )
+        seen = [index for index, layer in enumerate(self.layers) if layer.k.count]
+        check_seen(seen, len(self.layers))
 
 
 def layer_of(module: Any, num_layers: int) -> int:
@@ -162,6 +157,17 @@ def check_finite(layer: int, name: str, x: Tensor) -> None:
         raise ObservationError(
             f"the {name} of layer {layer} hold NaN or infinity. The model overflows on this text; "
             "run it in float32 or bfloat16, or check its weights."
+        )
+
+
+def check_seen(layers: Collection[int], num_layers: int) -> None:
+    """Raises ObservationError where a layer is not among those whose attention was seen."""
+    missing = [index for index in range(num_layers) if index not in layers]
+    if missing:
+        raise ObservationError(
+            f"layers {missing[:4]} of {num_layers} never called the attention interface "
+            "of transformers, so their keys cannot be observed. Use a decoder model that "
+            "supports attn_implementation='sdpa' or 'eager' through that interface."
         )
 
 
