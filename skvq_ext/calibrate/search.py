@@ -126,15 +126,17 @@ class _Judge:
         return sorted(names, key=tried.__getitem__)
 
     def _best_clip(self, name: str, shape: TensorShape) -> Option:
-        start = self._fit(name, shape)
         if self._scheme.clip is not None:
-            return self._option(name, start)
+            return self._plain(name, shape)
+        start = self._fit(name, shape)
         tries = [self._option(name, start.scaled(factor)) for factor in FACTORS]
         return _choose([*tries, self._plain(name, shape)])
 
     def _plain(self, name: str, shape: TensorShape) -> Option:
-        """Without any clip."""
+        """Without any clip, unless the scheme names one."""
         start = self._fit(name, shape)
+        if self._scheme.clip is not None:
+            return self._option(name, start)
         ones = torch.ones_like(start.tensor.clip)
         return self._option(name, start.with_tables(ones, start.tensor.exponents))
 

@@ -18,8 +18,8 @@ class HeadRows:
     """Rows of K or of V of one head on calibration data.
 
     rows: f32 [n, D], those that get quantized. energy: f64 [D], what a squared error in a channel is
-    worth: the power of the queries for K, of the gradients for V. neutral: the plan that changes
-    nothing. levels: of the narrowest code, for which a rotation is learned.
+    worth: the power of the queries for K, of the gradients for V. shape: of the format it is for.
+    neutral: the plan that changes nothing. seed: of what a rotation is learned on.
     """
 
     rows: Tensor
