@@ -29,12 +29,21 @@ def open_pairs(
     """Pairs (k, v) of formats a head may get.
 
     Args: formats, what the user restricts them to, None = all. Without a budget of bits it is the
-    scheme's own pair.
+    scheme's own pair. Raises: CalibrationError where there is nothing to restrict.
     """
     if scheme.bits is None:
+        if formats is not None:
+            raise CalibrationError(
+                f"formats {list(formats)} have no use with the scheme {scheme}, which names a pair "
+                "already. Give a budget instead ('bits2.25')."
+            )
         return [(scheme.k, scheme.v)]
     keys = K_FORMATS + (K_BANDS if head_dim >= _BANDS_FROM else ())
-    return list(formats or [(k, v) for k in keys for v in V_FORMATS])
+    if formats is None:
+        return [(k, v) for k in keys for v in V_FORMATS]
+    if not formats:
+        raise CalibrationError("formats is empty; name at least one pair, or give None for all.")
+    return list(formats)
 
 
 def read_pairs(text: str, scheme: Scheme, head_dim: int) -> list[tuple[str, str]] | None:
@@ -44,17 +53,12 @@ def read_pairs(text: str, scheme: Scheme, head_dim: int) -> list[tuple[str, str]
     """
     if not text:
         return None
-    if scheme.bits is None:
-        raise CalibrationError(
-            f"--formats {text!r} has no use with the scheme {scheme}, which names formats already. "
-            "Give a budget instead ('bits2.25')."
-        )
     if text == "cuda":
         return _cuda_pairs(scheme, head_dim)
     pairs = []
     for word in text.replace(",", " ").split():
         parsed = Scheme.parse(word)
-        if parsed.bits is not None or word.count("-") != 1:
+        if word.lower() != f"k{parsed.k}-v{parsed.v}":
             raise CalibrationError(f"--formats: {word!r} is not a pair such as 'k2-v1.5'.")
         pairs.append((parsed.k, parsed.v))
     return pairs
