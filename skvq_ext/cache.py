@@ -14,7 +14,7 @@ from skvq_ext.memory import memory
 from skvq_ext.plan import LayerPlan, Plan
 from skvq_ext.ragged import Ragged
 from skvq_ext.scheme import Scheme
-from skvq_ext.split_cache import make_layer_cache
+from skvq_ext.split_cache import check_readable, make_layer_cache
 
 __all__ = ["DEFAULT_SCHEME", "LayerCache", "Ragged", "SkvqCache"]
 
@@ -141,6 +141,7 @@ class SkvqCache:
         Returns: itself. Raises: ValueError where the device has no kernel for scheme and dtype.
         """
         parts = [part for layer in self.layers for part in layer.parts]
+        check_readable(parts, device)
         old = {id(part.door): part.door for part in parts}  # layers may share one
         moved: dict[int, Tensor] = {}  # and doors their Hadamard matrices
         new = {key: door.to(device, moved) for key, door in old.items()}

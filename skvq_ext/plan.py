@@ -136,9 +136,17 @@ class Part:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """The transforms of one layer whose heads are stored in several formats."""
+    """The transforms of one layer whose heads are stored in several formats.
+
+    Raises: PlanError where the parts do not hold each head once.
+    """
 
     parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        heads = sorted(head for part in self.parts for head in part.heads)
+        if not heads or heads != list(range(len(heads))):
+            raise PlanError(f"the parts of a layer hold heads {heads}, not each head once.")
 
 
 @dataclass

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from skvq_ext.geometry import Geometry, GeometryError
+from skvq_ext.geometry import Geometry
 from skvq_ext.plan import (
     LayerPlan,
     Part,
@@ -22,8 +22,9 @@ from skvq_ext.plan import (
     TensorPlan,
     TensorShape,
     check_tensor,
+    parts_of,
 )
-from skvq_ext.scheme import Scheme, SchemeError
+from skvq_ext.scheme import Scheme
 
 SCHEMA = 2
 # A single metadata entry: safetensors writes several in no fixed order, and equal plans must give
@@ -77,7 +78,9 @@ def read_plan(path: Path) -> Plan:
         raise PlanError(f"{path} is not a safetensors file: {error}.") from None
     try:
         plan = _build(header, tensors)
-    except (KeyError, TypeError, GeometryError, SchemeError) as error:
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PlanError(f"{path} is damaged: {error}.") from error
     if tensors:
         raise PlanError(f"{path} holds tensors no plan has: {sorted(tensors)[:4]}.")
@@ -133,9 +136,6 @@ def _split(
         scheme = replace(plan.scheme, k=k, v=v, bits=None)
         layer = _layer(entry["rotations"], plan.shapes_of(scheme), f"{where}.{number}", tensors)
         parts.append(Part(tuple(entry["heads"]), k, v, layer))
-    heads = sorted(head for part in parts for head in part.heads)
-    if heads != list(range(plan.geometry.num_kv_heads)):
-        raise PlanError(f"{where}: its parts hold heads {heads}, not each head once.")
     return SplitPlan(tuple(parts))
 
 
@@ -158,6 +158,20 @@ def _layer(
 
 
 def _check_all(plan: Plan) -> None:
+    num_kv_heads = plan.geometry.num_kv_heads
+    for index, layer in enumerate(plan.layers):
+        split = isinstance(layer, SplitPlan)
+        if split != (plan.scheme.bits is not None):
+            raise PlanError(
+                f"layer {index} has formats {'per head' if split else 'of the scheme'}, which the "
+                f"scheme {plan.scheme} does not leave to it. Calibrate again."
+            )
+        held = sum(len(part.heads) for part in parts_of(layer, plan.scheme, num_kv_heads))
+        if held != num_kv_heads:
+            raise PlanError(
+                f"layer {index}: its parts hold {held} heads, the model has {num_kv_heads}. "
+                "Calibrate again."
+            )
     for where, part in plan.named_parts():
         shapes = plan.shapes_of(part.scheme(plan.scheme))
         for side in ("k", "v"):

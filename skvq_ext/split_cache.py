@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from skvq_ext.door import Door
-from skvq_ext.layer_cache import LayerCache
+from skvq_ext.layer_cache import LayerCache, readable_format
 from skvq_ext.plan import LayerPlan, SplitPlan
 from skvq_ext.ragged import Ragged
 from skvq_ext.scheme import Scheme
@@ -100,12 +100,19 @@ class SplitLayerCache:
     def to(
         self, device: torch.device | str, doors: Mapping[int, Door] | None = None
     ) -> SplitLayerCache:
-        """Moves everything to a device; see `LayerCache.to`. Returns: itself."""
+        """Moves everything to a device, or nothing; see `LayerCache.to`. Returns: itself."""
+        check_readable(self.parts, device)
         for part in self.parts:
             part.to(device, doors)
         self._heads = [heads.to(device) for heads in self._heads]
         self._q_heads = [heads.to(device) for heads in self._q_heads]
         return self
+
+
+def check_readable(parts: Iterable[LayerCache], device: torch.device | str) -> None:
+    """Raises: ValueError where a device has no kernel for the scheme and dtype of one of these."""
+    for part in parts:
+        readable_format(part.scheme, part.format.head_dim, part.tensors.ring_k.dtype, device)
 
 
 def make_layer_cache(
