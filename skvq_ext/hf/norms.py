@@ -22,7 +22,7 @@ def key_scales(model: Any, geometry: Geometry) -> Tensor | None:
     into i + head_dim / 2, so both get the mean of their powers.
     Returns: f32 [num_layers, head_dim].
     """
-    layers = list(getattr(model.base_model, "layers", []))
+    layers = list(getattr(model.get_decoder(), "layers", []))
     if len(layers) != geometry.num_layers:
         return None
     scales = []
