@@ -67,7 +67,7 @@ def test_the_seed_decides() -> None:
 def test_segments_reach_behind_any_window() -> None:
     segments = make_segments([torch.arange(20_000)], 12_000, seed=0, least=3000)
     assert segments.shape == (2, 6000)
-    with pytest.raises(CalibrationError, match="max_tokens is 2999, too few .* least 3000"):
+    with pytest.raises(CalibrationError, match=r"max_tokens is 2999, too few .* least 3000"):
         make_segments([torch.arange(20_000)], 2999, seed=0, least=3000)
 
 
