@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,21 +18,21 @@ import torch
 import typer
 
 from skvq_ext import report
-from skvq_ext.calibrate import calibrate
 from skvq_ext.cli import DEFAULT_SCHEME
 from skvq_ext.generation import Continuation, continue_text, full_cache, packed_cache
 from skvq_ext.geometry import Geometry
 from skvq_ext.ledger import Ledger, LedgerRow
-from skvq_ext.models import DEMO_MODEL, LanguageModel, cache_dir, load_model
+from skvq_ext.models import DEMO_MODEL, LanguageModel, load_model
+from skvq_ext.pages import packed_tiles
 from skvq_ext.perplexity import Score, score_full, score_packed
 from skvq_ext.plan import Plan
 from skvq_ext.scheme import Scheme
 
-TEXTS = Path(__file__).resolve().parent / "texts"
-CALIBRATION_TEXT = TEXTS / "alice.txt"
-HELD_OUT_TEXT = TEXTS / "persuasion.txt"
+HERE = Path(__file__).resolve().parent
+HELD_OUT_TEXT = HERE / "texts" / "persuasion.txt"
+PLAN = HERE / "smollm2-bits2.05.safetensors"
+PLAN_COMMAND = "skvq calibrate smollm2 --scheme bits2.05-g128 -o smollm2-bits2.05.safetensors"
 
-CALIBRATION_TOKENS = 8192
 CONTEXT_TOKENS = 256  # read before the scored ones
 PASSAGE = ("Vanity was the beginning", 3600)  # first words, characters
 QUESTION = "Summarise this passage in a few sentences."
@@ -43,23 +44,27 @@ class DemoError(RuntimeError):
 
 
 def main(
-    scheme: Annotated[str, typer.Option(help="How the cache stores tokens.")] = DEFAULT_SCHEME,
+    scheme: Annotated[
+        str, typer.Option(help="How the cache stores tokens, instead of the plan that is here.")
+    ] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens scored for the perplexity.")] = 3072,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 96,
 ) -> None:
     """Shows what a packed KV cache costs and what it saves."""
     started = time.perf_counter()
-    parsed = Scheme.parse(scheme)
+    chosen = Scheme.parse(scheme or DEFAULT_SCHEME)
     report.heading("1", "The model")
     loaded = _load()
-    report.heading("2", "Calibration")
-    plan = _calibrate(loaded, parsed)
+    plan = None
+    if not scheme:
+        report.heading("2", "The plan")
+        plan = _plan(loaded)
     report.heading("3", "Perplexity on a text that was not calibrated on")
-    _perplexity(loaded, parsed, plan, tokens)
+    _perplexity(loaded, chosen, plan, tokens)
     report.heading("4", "Text from both caches")
-    caches = _generate(loaded, parsed, plan, new_tokens)
+    caches = _generate(loaded, chosen, plan, new_tokens)
     report.heading("5", "Memory of keys and values")
-    _memory(loaded, parsed, *caches)
+    _memory(loaded, chosen, *caches)
     report.say(f"\nDone in {time.perf_counter() - started:.0f} s.")
     report.say('Other schemes: make demo SCHEME="k3:1/2+2-v1.5"')
 
@@ -75,32 +80,31 @@ def _load() -> LanguageModel:
     return loaded
 
 
-def _calibrate(loaded: LanguageModel, scheme: Scheme) -> Plan:
-    ids = loaded.encode(CALIBRATION_TEXT.read_text(encoding="utf-8"))
-    started = time.perf_counter()
-    with report.steps() as step:
-        plan = calibrate(loaded.model, ids, scheme, max_tokens=CALIBRATION_TOKENS, progress=step)
-    path = cache_dir() / "demo-plan.safetensors"
-    plan.save(path)
+def _plan(loaded: LanguageModel) -> Plan:
+    geometry = Geometry.from_config(loaded.model.config)
+    plan = Plan.load(PLAN, geometry, tokenizer=loaded.tokenizer_fingerprint)
     report.say(
-        f"{CALIBRATION_TOKENS} tokens of Alice's Adventures in Wonderland, "
-        f"{time.perf_counter() - started:.0f} s. Scheme {plan.scheme}, plan in {path}."
+        f"{PLAN.name}: {plan.bits_per_value:.3f} bits a value on average, {plan.origin}. A search "
+        f"takes minutes, so its result is here; made by: {PLAN_COMMAND}"
     )
     return plan
 
 
-def _perplexity(loaded: LanguageModel, scheme: Scheme, plan: Plan, tokens: int) -> None:
+def _perplexity(loaded: LanguageModel, scheme: Scheme, plan: Plan | None, tokens: int) -> None:
     text = HELD_OUT_TEXT.read_text(encoding="utf-8")
     ids = loaded.encode(text)[:, : CONTEXT_TOKENS + tokens]
+    dim = Geometry.from_config(loaded.model.config).head_dim
     with report.steps() as step:
+
+        def packed(name: str, one: Scheme, made: Plan | None) -> Score:
+            return score_packed(loaded.model, ids, one, made, CONTEXT_TOKENS, step, name)
+
         full = score_full(loaded.model, ids, CONTEXT_TOKENS, step)
-        plain = score_packed(
-            loaded.model, ids, scheme, None, CONTEXT_TOKENS, step, "packed, default plan"
-        )
-        tuned = score_packed(
-            loaded.model, ids, scheme, plan, CONTEXT_TOKENS, step, "packed, calibrated"
-        )
-    bits = scheme.record_format(Geometry.from_config(loaded.model.config).head_dim).bits_per_value
+        name = f"packed, {scheme.k}/{scheme.v} bits, no calibration"
+        scores = [(name, scheme.record_format(dim).bits_per_value, packed(name, scheme, None))]
+        if plan is not None:
+            name = "packed, the plan"
+            scores.append((name, plan.bits_per_value, packed(name, plan.scheme, plan)))
 
     def row(name: str, stored: float, score: Score) -> tuple[str, ...]:
         above, error = score.above(full)
@@ -116,24 +120,12 @@ def _perplexity(loaded: LanguageModel, scheme: Scheme, plan: Plan, tokens: int) 
         f"Persuasion, {full.scored} tokens scored; every token older than the window is read from "
         "packed bytes",
         ("cache", "bits/value", "perplexity", "nats/token above", "in %"),
-        (
-            row("full precision", 32, full),
-            row("packed, default plan", bits, plain),
-            row("packed, calibrated", bits, tuned),
-        ),
-    )
-    change, error = tuned.above(plain)
-    verdict = "costs" if change > 0 else "pays"
-    if abs(change) < 2 * error:
-        verdict = "makes no difference that so many tokens could show"
-    report.say(
-        f"Calibrated against default: {change:+.4f} ± {error:.4f} nats a token (standard error). "
-        f"On this model and scheme calibration {verdict}."
+        [row("full precision", 32, full), *(row(*each) for each in scores)],
     )
 
 
 def _generate(
-    loaded: LanguageModel, scheme: Scheme, plan: Plan, new_tokens: int
+    loaded: LanguageModel, scheme: Scheme, plan: Plan | None, new_tokens: int
 ) -> tuple[Any, Any]:
     text = HELD_OUT_TEXT.read_text(encoding="utf-8")
     first, length = text.index(PASSAGE[0]), PASSAGE[1]
@@ -142,7 +134,7 @@ def _generate(
     ids = loaded.encode_chat(f"{passage}\n\n{QUESTION}")
     caches = {
         "full precision": full_cache(loaded.model),
-        "packed": packed_cache(loaded.model, scheme, plan),
+        "packed": packed_cache(loaded.model, plan.scheme if plan else scheme, plan),
     }
     done: dict[str, Continuation] = {}
     with report.steps() as step:
@@ -192,8 +184,12 @@ def _memory(loaded: LanguageModel, scheme: Scheme, full: Any, packed: Any) -> No
 
 def _check_ledger(row: LedgerRow, packed: Any) -> int:
     """Compares formula and allocator. Returns: bytes of pages allocated ahead of their use."""
-    layers = [layer.cache for layer in packed.layers]
-    used = sum(int((x.tensors.page_table >= 0).sum()) * x.tensors.pages[0].nbytes for x in layers)
+    caches = [part for layer in packed.layers for part in layer.cache.parts]
+    used = sum(int((x.tensors.page_table >= 0).sum()) * x.tensors.pages[0].nbytes for x in caches)
+    if packed.scheme.bits is not None:  # the formula is of one format; a plan's has many
+        tiles = packed_tiles(row.context, packed.scheme.sinks, packed.scheme.window)
+        records = sum(x.format.record_bytes * x.tensors.pages.shape[1] for x in caches)
+        row = replace(row, pages=tiles * records)
     parts = packed.memory()
     for name, formula, allocated in (
         ("pages in use", row.pages, used),
