@@ -10,7 +10,8 @@ from torch import Tensor
 
 from skvq_ext.door import Door
 from skvq_ext.geometry import Geometry
-from skvq_ext.plan import LayerPlan, Plan
+from skvq_ext.hf.norms import key_scales
+from skvq_ext.plan import LayerPlan, Plan, SplitPlan, parts_of
 from skvq_ext.reference import fake_quantize_side, packed_len
 from skvq_ext.scheme import Scheme
 
@@ -85,15 +86,12 @@ def make_tokens(num_tokens: int, batch_size: int = 1, seed: int = 1) -> torch.Te
 class ReferenceLayer(hf.cache_utils.DynamicLayer):
     """Rows of plain tensors; what the packed cache would have packed is quantized and read back."""
 
-    def __init__(self, plan: LayerPlan, scheme: Scheme, num_kv_heads: int, window: int) -> None:
+    def __init__(
+        self, plan: LayerPlan | SplitPlan, scheme: Scheme, num_kv_heads: int, window: int
+    ) -> None:
         super().__init__()
-        self.scheme, self.plan = scheme, plan
+        self.scheme, self.parts = scheme, parts_of(plan, scheme, num_kv_heads)
         self.is_sliding = window > 0
-        # Both doors map and unmap KV heads: x = unmap(map(x)).
-        self.doors = {
-            "k": Door(LayerPlan(plan.k, plan.k), num_kv_heads),
-            "v": Door(LayerPlan(plan.v, plan.v), num_kv_heads),
-        }
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """One new token sees the cache as it then is; a chunk sees what was packed before it."""
@@ -105,13 +103,16 @@ class ReferenceLayer(hf.cache_utils.DynamicLayer):
         return tuple(self._read_back(x, side, packed) for side, x in zip("kv", rows, strict=True))
 
     def _read_back(self, x: Tensor, side: str, packed: slice) -> Tensor:
-        tensor, door = getattr(self.plan, side), self.doors[side]
-        exponents = torch.cat([self.plan.k.exponents, self.plan.v.exponents], dim=-1)
-        fmt, x = self.scheme.record_format(x.shape[-1]), x.clone()
-        for sequence in x:
-            y = door.map_v(sequence[:, packed].transpose(0, 1))
-            y = fake_quantize_side(y, fmt, side, tensor.clip, exponents)
-            sequence[:, packed] = door.unmap_o(y).transpose(0, 1)
+        x = x.clone()
+        for part in self.parts:
+            tensor, heads = getattr(part.plan, side), list(part.heads)
+            door = Door(LayerPlan(tensor, tensor), len(heads))  # x = unmap(map(x))
+            exponents = torch.cat([part.plan.k.exponents, part.plan.v.exponents], dim=-1)
+            fmt = part.scheme(self.scheme).record_format(x.shape[-1])
+            for sequence in x:
+                y = door.map_v(sequence[heads, packed].transpose(0, 1))
+                y = fake_quantize_side(y, fmt, side, tensor.clip, exponents)
+                sequence[heads, packed] = door.unmap_o(y).transpose(0, 1)
         return x
 
 
@@ -122,9 +123,9 @@ class ReferenceCache(hf.Cache):
     only, and chunks in the sense of long ones.
     """
 
-    def __init__(self, model: Any, scheme: str) -> None:
+    def __init__(self, model: Any, scheme: str, plan: Plan | None = None) -> None:
         parsed, geometry = Scheme.parse(scheme), Geometry.from_config(model.config)
-        plan = Plan.default(geometry, parsed)
+        plan = plan or Plan.default(geometry, parsed, key_scales(model, geometry))
         windows = geometry.sliding_windows or ()
         super().__init__(
             layers=[
