@@ -161,7 +161,7 @@ def test_bytes_do_not_depend_on_how_rows_arrive() -> None:
 
 def test_the_window_and_the_sinks_stay_as_they_came() -> None:
     model, method = fitted("llama")
-    for length in (1, 4, 5, 36, 37, 100, 101, 102, 250):
+    for length in (1, 5, 36, 37, 100, 101, 170):
         _, cache = run(model, method, make_tokens(length), [1] * length)
         layer = cache.layers[1]
         exact = feed_keys(model, length)
