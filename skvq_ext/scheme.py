@@ -236,9 +236,9 @@ def _read_token(token: str, read: _Read) -> None:
     elif key == "fp" and f"fp{value}" in METAS:
         read.put("meta", f"fp{value}", token)
     elif key == "bits":
-        read.put("bits", _number(token, value), token)
+        read.put("bits", _number(token, value, "bits2.25"), token)
     elif key == "clip":
-        read.put("clip", _number(token, value) if value else None, token)
+        read.put("clip", _number(token, value, "clip0.92") if value else None, token)
     elif key in _FIELD:
         read.put(_FIELD[key], _whole(token, value), token)
     else:
@@ -259,11 +259,11 @@ def _whole(token: str, value: str) -> int:
     return int(value)
 
 
-def _number(token: str, value: str) -> float:
+def _number(token: str, value: str, example: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise SchemeError(f"{token!r}: {value!r} is not a number, as in 'clip0.92'.") from None
+        raise SchemeError(f"{token!r}: {value!r} is not a number, as in {example!r}.") from None
 
 
 def _unknown(token: str, key: str) -> str:

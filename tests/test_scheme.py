@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from skvq_ext.scheme import REFUSED, TRANSFORMS, Scheme, SchemeError
+from skvq_ext.scheme import MIXED, REFUSED, TRANSFORMS, Scheme, SchemeError
 
 
 def schemes() -> list[Scheme]:
@@ -18,6 +18,9 @@ def schemes() -> list[Scheme]:
         made.append(
             Scheme(k, v, 0, window=0, sinks=0, meta="fp16", rollback=7, transform=transform)
         )
+    for bits, transform in product((2.25, 2.0, 8.0, 2.1234567891), transforms):
+        made.append(Scheme(MIXED, MIXED, bits=bits, transform=transform))
+        made.append(Scheme(MIXED, MIXED, 0, bits=bits, transform=transform, clip=0.92))
     return made
 
 
@@ -104,6 +107,15 @@ def test_keys_of_the_original_are_refused_with_the_reason(key: str) -> None:
         ("clip0", "must lie in 0.01 .. 1"),
         ("clipnan", "unknown key 'clipnan'"),
         ("clip0.9x", "is not a number"),
+        ("bits", "'' is not a number, as in 'bits2.25'"),
+        ("bits2.2.5", "'2.2.5' is not a number, as in 'bits2.25'"),
+        ("bits1", "bits1: the budget must lie in 1 .. 9 bits per value"),
+        ("bits9.01", "bits9.01: the budget must lie in 1 .. 9"),
+        ("bits2-bits3", "bits is given twice"),
+        ("bits2-k2", "'bits' lets a plan choose the formats; drop it, or k and v"),
+        ("v1.5-bits2", "'bits' lets a plan choose the formats"),
+        ("kmix-vmix", "unknown key 'kmix'"),
+        ("bit2.25", "nearest: 'bits'"),
         ("", "the scheme is empty"),
         (" - ", "the scheme is empty"),
         ("128", "unknown key '128'"),
@@ -125,11 +137,26 @@ def test_bad_schemes_say_what_is_wrong(text: str, message: str) -> None:
         {"rollback": -1},
         {"transform": frozenset({"rotate"})},
         {"clip": 0.0},
+        {"bits": 2.25},
+        {"k": MIXED, "v": MIXED},
+        {"k": MIXED, "v": "2", "bits": 2.25},
+        {"k": MIXED, "v": MIXED, "bits": float("nan")},
+        {"k": MIXED, "v": MIXED, "bits": 0.5},
     ],
 )
 def test_a_scheme_built_by_hand_is_checked_too(fields: dict[str, object]) -> None:
     with pytest.raises(SchemeError):
         Scheme(**fields)  # type: ignore[arg-type]
+
+
+def test_a_budget_of_bits_leaves_the_formats_open() -> None:
+    scheme = Scheme.parse("BITS2.25 g64 w32 sink4 fp16 hadamard clip")
+    assert (scheme.bits, scheme.k, scheme.v, scheme.group) == (2.25, MIXED, MIXED, 64)
+    assert str(scheme) == "bits2.25-g64-w32-sink4-fp16-hadamard-clip"
+    with pytest.raises(SchemeError, match="says nothing about formats until a plan has spent it"):
+        scheme.record_format(128)
+    (line,) = Scheme.parse("bits2.5-g64-fp16").differences(scheme)
+    assert line == "bits: 2.5 here, 2.25 in the plan"
 
 
 def test_differences_ignore_what_a_plan_does_not_hold() -> None:
