@@ -148,7 +148,8 @@ def test_a_plan_knows_its_tokenizer(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_calibrated(options: dict[str, Any], message: str) -> None:
-    options = {"scheme": replace(BUDGET, transform=frozenset()), **options}
+    """Before anything is read or searched."""
+    options = {"scheme": BUDGET, "progress": _stop, **options}
     with pytest.raises(CalibrationError, match=message):
         run(make_model("llama"), **options)
 

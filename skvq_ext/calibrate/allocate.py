@@ -30,13 +30,9 @@ def allocate(units: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
     """
     hulls = [_hull(choices) for choices in units]
     taken = [0] * len(hulls)
-    left = budget * len(hulls) - sum(hull[0].bits for hull in hulls) + 1e-9
-    if left < 0:
-        least = sum(hull[0].bits for hull in hulls) / len(hulls)
-        raise CalibrationError(
-            f"a budget of {budget:g} bits per value cannot be kept: the narrowest formats take "
-            f"{least:.3f}, scales and zeros included. Allow more bits or use wider groups (ghead)."
-        )
+    least = sum(hull[0].bits for hull in hulls)
+    check_budget(least / len(hulls), budget)
+    left = budget * len(hulls) - least + 1e-9
     steps = [
         (_gain(a, b), unit, rank)
         for unit, hull in enumerate(hulls)
@@ -47,6 +43,15 @@ def allocate(units: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
         if taken[unit] == rank and cost <= left:
             taken[unit], left = rank + 1, left - cost
     return _fill(units, [hull[rank] for hull, rank in zip(hulls, taken, strict=True)], left)
+
+
+def check_budget(least: float, budget: float) -> None:
+    """Raises CalibrationError where the narrowest formats take more than the budget."""
+    if least > budget + 1e-9:
+        raise CalibrationError(
+            f"a budget of {budget:g} bits per value cannot be kept: the narrowest formats take "
+            f"{least:.3f}, scales and zeros included. Allow more bits or use wider groups (ghead)."
+        )
 
 
 def _fill(units: Sequence[Sequence[Choice]], chosen: list[Choice], left: float) -> list[Choice]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skvq_ext.calibrate.allocate import Choice, allocate
+from skvq_ext.calibrate.allocate import Choice, allocate, check_budget
 from skvq_ext.calibrate.formats import layer_of_heads, open_pairs, shapes_of, split_layer
 from skvq_ext.calibrate.objective import Softmax
 from skvq_ext.calibrate.resume import Progress, fingerprint
@@ -65,6 +65,9 @@ def calibrate(
     texts = check_texts(token_ids, least, geometry.vocab_size)
     segments = make_segments(texts, max_tokens, seed, least)
     pairs = open_pairs(scheme, geometry.head_dim, formats)
+    bits = {pair: _bits(scheme, pair, geometry.head_dim) for pair in pairs}
+    if scheme.bits is not None:
+        check_budget(min(bits.values()), scheme.bits)  # not after hours
     origin = f"searched on {segments.numel()} tokens in {len(segments)} segments, seed {seed}"
     plan = Plan(scheme, geometry, [], origin=origin, tokenizer=tokenizer)
     mark = "" if resume is None else fingerprint(model, geometry, scheme, segments, pairs, seed)
@@ -82,7 +85,7 @@ def calibrate(
         searched = _Search(plan, weights, pairs, seed, kept, step)
         with observing(model, searched):
             model.base_model(input_ids=segments.to(model.device), use_cache=False)
-    plan.layers.extend(_assemble(searched.found, plan, pairs))
+    plan.layers.extend(_assemble(searched.found, scheme, bits))
     kept.forget()
     return plan
 
@@ -142,19 +145,20 @@ class _Search(Watcher):
 
 
 def _assemble(
-    found: dict[int, list[Head]], plan: Plan, pairs: Sequence[tuple[str, str]]
+    found: dict[int, list[Head]], scheme: Scheme, bits: dict[tuple[str, str], float]
 ) -> list[Any]:
-    """Layer plans from what was found, formats chosen within the budget where there is one."""
-    scheme, dim = plan.scheme, plan.geometry.head_dim
+    """Layer plans from what was found, formats chosen within the budget where there is one.
+
+    Args: bits per value of each pair of formats.
+    """
     heads = [(index, head) for index in sorted(found) for head in found[index]]
     if scheme.bits is None:
-        chosen = [pairs[0]] * len(heads)
+        chosen = list(bits) * len(heads)
     else:
-        bits = {pair: _bits(scheme, pair, dim) for pair in pairs}
         units = [
             [
-                Choice(k, v, bits[k, v], head["k"][k].error.nats + head["v"][v].error.nats)
-                for k, v in pairs
+                Choice(k, v, each, head["k"][k].error.nats + head["v"][v].error.nats)
+                for (k, v), each in bits.items()
             ]
             for _, head in heads
         ]
