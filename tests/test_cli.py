@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +14,19 @@ from typing import Any
 import pytest
 import torch
 from hf_models import VOCAB, make_model
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from skvq_ext import cli, report
 from skvq_ext.cache import DEFAULT_SCHEME
+from skvq_ext.calibrate import command
 from skvq_ext.generation import full_cache, packed_cache
 from skvq_ext.models import ModelError, load_model
 from skvq_ext.ops import format_table
 from skvq_ext.perplexity import packed_chunk, score, score_full, score_packed
+from skvq_ext.plan import Plan
 from skvq_ext.report import cuda_formats
 from skvq_ext.scheme import Scheme
 
@@ -165,17 +169,96 @@ def test_chunks_never_exceed_the_rollback() -> None:
     assert [packed_chunk(rollback) for rollback in (0, 1, 63, 500)] == [1, 2, 64, 64]
 
 
+BUDGET = ("--scheme", "bits2.7-g32-w16-sink3-fp8-centre-hadamard-clip", "--formats", "k2-v1.5,k3-v2")
+
+
 def test_calibrate_then_use_the_plan(model_dir: Path, text: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.safetensors"
-    said = run("calibrate", model_dir, "--text", text, "--scheme", SMALL, "-o", plan)
-    assert "centre-balance-hadamard" in said.replace("\n", "")
+    said = run("calibrate", model_dir, "--text", text, *BUDGET, "-o", plan)
+    shown = " ".join(said.split())
+    assert "searched on 1200 tokens in 2 segments, seed 0" in shown
+    spent = re.search(r"bits2\.7-g32\S+: (\d\.\d{3}) bits per value", shown)
+    assert spent and 2.25 <= float(spent[1]) <= 2.7
+    assert (
+        "k2-v1.5" in shown and "%" in shown and [x.name for x in tmp_path.iterdir()] == [plan.name]
+    )
     result = json.loads(
         run(
             *("ppl", "--model", model_dir, "--text", text, "--tokens", 100, "--skip", 200),
-            *("--scheme", SMALL, "--plan", plan, "--json", "-"),
+            *("--plan", plan, "--json", "-"),
         )
     )
-    assert result["plan"] == str(plan)
+    assert result["plan"] == str(plan) and result["scheme"] == BUDGET[1]
+    assert 0 < result["nll_above"] < 0.5
+
+
+def test_calibrate_twice(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    """The same bytes from the same seed, with tokens from wherever they come."""
+    ids = tmp_path / "ids.safetensors"
+    save_file({"ids": load_model(str(model_dir)).encode(text.read_text())[0]}, ids)
+    plans = [tmp_path / f"{name}.safetensors" for name in "abcd"]
+    for plan, options in zip(
+        plans,
+        (
+            ("--text", text),
+            ("--text", ids),
+            ("--text", text, "--seed", 1),
+            ("--text", text, "--text", ids),
+        ),
+        strict=True,
+    ):
+        run("calibrate", model_dir, *options, *BUDGET, "--tokens", 600, "-o", plan)
+    first, same, *others = (plan.read_bytes() for plan in plans)
+    assert first == same and first not in others
+
+
+def test_calibrate_without_a_text(model_dir: Path, tmp_path: Path) -> None:
+    assert Scheme.parse(command.DEFAULT).bits == 2.25
+    plan = tmp_path / "plan.safetensors"
+    said = run("calibrate", model_dir, *BUDGET, "--tokens", 300, "-o", plan)
+    assert "searched on 300 tokens in 1 segments" in " ".join(said.split())
+    assert Plan.load(plan, tokenizer=load_model(str(model_dir)).tokenizer_fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--scheme", SMALL, "--formats", "k2-v2"), "have no use with the scheme k2-v1.5-g32"),
+        (("--formats", "k2"), "'k2' is not a pair such as 'k2-v1.5'"),
+        (("--scheme", "k2-kivi"), "a baseline of the original's tables"),
+        (("--scheme", "bits1.2-g128"), "a budget of 1.2 bits per value cannot be kept"),
+        (("--tokens", 64), "max_tokens is 64, too few to calibrate on: at least 197"),
+        (("--text", "no-such-text"), "does not exist"),
+    ],
+)
+def test_what_cannot_be_calibrated(
+    model_dir: Path,
+    tmp_path: Path,
+    options: tuple[object, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fast = ("--scheme", f"{command.DEFAULT}-hadamard", "--tokens", 200)
+    arguments = ("calibrate", model_dir, *fast, *options, "-o", tmp_path / "plan.safetensors")
+    assert message in fail(monkeypatch, capsys, *arguments)
+    assert not (tmp_path / "plan.safetensors").exists()
+
+
+def test_a_plan_of_another_tokenizer_is_refused(
+    model_dir: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan, other = tmp_path / "plan.safetensors", tmp_path / "other"
+    run("calibrate", model_dir, "--text", text, *BUDGET, "--tokens", 200, "-o", plan)
+    shutil.copytree(model_dir, other)
+    words = other / "tokenizer.json"
+    words.write_text(words.read_text().replace('"a":', '"ä":'))
+    arguments = ("ppl", "--model", other, "--text", text, "--plan", plan, "--tokens", 50)
+    assert "tokenizer: " in fail(monkeypatch, capsys, *arguments)
 
 
 def test_generate(model_dir: Path) -> None:
@@ -218,7 +301,8 @@ def test_a_plan_of_another_scheme_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     plan = tmp_path / "plan.safetensors"
-    run("calibrate", model_dir, "--text", text, "--scheme", "k4-v4-g32-w16-sink3", "-o", plan)
+    scheme = "k4-v4-g32-w16-sink3-hadamard"
+    run("calibrate", model_dir, "--text", text, "--scheme", scheme, "--tokens", 200, "-o", plan)
     arguments = ("ppl", "--model", model_dir, "--text", text, "--scheme", SMALL, "--plan", plan)
     assert "k: '2' here, '4' in the plan" in fail(monkeypatch, capsys, *arguments, "--tokens", 50)
 
@@ -226,6 +310,8 @@ def test_a_plan_of_another_scheme_is_refused(
 def test_other_mistakes(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    no_formats = ("ledger", "llama-2-7b", "--scheme", "bits2.25")
+    assert "leaves the formats of every head to a plan" in fail(monkeypatch, capsys, *no_formats)
     assert "no geometry 'llama-9'" in fail(monkeypatch, capsys, "ledger", "llama-9")
     neither = ("generate", "--model", model_dir)
     assert "--prompt or by --prompt-file" in fail(monkeypatch, capsys, *neither)
