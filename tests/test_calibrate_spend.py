@@ -120,11 +120,14 @@ def test_formats_in_words() -> None:
 
 def test_formats_that_this_build_reads_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     built = [f"{name} at head_dim 64" for name in ("k3:32/64+2-v1.5-g32", "k2-v2-g32", "k4-v4-g64")]
-    built += ["k8-v8-g32 at head_dim 128"]
+    built += ["k8-v8-g32 at head_dim 128", "k2-v2-g128 at head_dim 256"]
     monkeypatch.setattr(ops, "build_info", lambda: {"cuda": {"instances": built}})
     assert read_pairs("cuda", BUDGET, 64) == [("3:1/2+2", "1.5"), ("2", "2")]
     assert read_pairs("cuda", Scheme.parse("bits3-ghead"), 64) == [("4", "4")]
     assert read_pairs("cuda", BUDGET, 128) == [("8", "8")]
+    assert read_pairs("cuda", Scheme.parse("bits3-g128"), 256) == [("2", "2")]
+    with pytest.raises(CalibrationError, match="no CUDA kernels for groups of 256 channels"):
+        read_pairs("cuda", Scheme.parse("bits3-ghead"), 256)
     monkeypatch.setattr(ops, "build_info", lambda: {"cuda": None})
     with pytest.raises(CalibrationError, match="no CUDA kernels for groups of 32 channels"):
         read_pairs("cuda", BUDGET, 64)

@@ -68,7 +68,7 @@ def _cuda_pairs(scheme: Scheme, head_dim: int) -> list[tuple[str, str]]:
     """The pairs that this build reads on a GPU for a head size and group."""
     cuda = ops.build_info()["cuda"] or {"instances": []}
     group = scheme.group if 0 < scheme.group < head_dim else head_dim
-    end = f"-g{min(group, 128)} at head_dim {head_dim}"
+    end = f"-g{group} at head_dim {head_dim}"
     names = [name.removesuffix(end) for name in cuda["instances"] if name.endswith(end)]
     pairs = []
     for name in names:
