@@ -169,7 +169,12 @@ def test_chunks_never_exceed_the_rollback() -> None:
     assert [packed_chunk(rollback) for rollback in (0, 1, 63, 500)] == [1, 2, 64, 64]
 
 
-BUDGET = ("--scheme", "bits2.7-g32-w16-sink3-fp8-centre-hadamard-clip", "--formats", "k2-v1.5,k3-v2")
+BUDGET = (
+    "--scheme",
+    "bits2.7-g32-w16-sink3-fp8-centre-hadamard-clip",
+    "--formats",
+    "k2-v1.5,k3-v2",
+)
 
 
 def test_calibrate_then_use_the_plan(model_dir: Path, text: Path, tmp_path: Path) -> None:
