@@ -60,7 +60,8 @@ def log_axis(values: Iterable[float], start: float, stop: float) -> Axis:
     shown = list(values)
     high = max(shown)
     low = min(v for v in shown if v > 0 and v >= high / 10**_DECADES)
-    axis = Axis(low / 1.5, high * 1.5, start, stop)
+    room = 1.5 if high / low > 3 else 2.3  # the latter holds two ticks of 1, 2, 5 at the least
+    axis = Axis(low / room, high * room, start, stop)
     decades = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
     steps = (1, 2, 5) if axis.high / axis.low < 200 else (1,)
     ticks = [float(f"{step}e{decade}") for decade in decades for step in steps]

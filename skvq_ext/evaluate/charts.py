@@ -74,7 +74,9 @@ def scatter(result: Result, loss: LossResult, width: float) -> Scatter | None:
     bits = [entry.bits for entry in entries]
     x = Axis(min(bits) / 1.12, max(bits) * 1.12, frame[0], frame[2])
     x = x.marked(BITS, (f"{tick:g}" for tick in BITS))
-    y = log_axis((m.above for m in found), frame[3], frame[1])
+    y = log_axis(
+        [v for m in found for v in (m.above, m.above + m.above_stderr)], frame[3], frame[1]
+    )
     marks = [(x.at(e.bits), y.at(m.above)) for e, m in zip(entries, found, strict=True)]
     names = _names(result, width)[1:]
     front = [marks[i - 1] for i in pareto(result, loss)]
