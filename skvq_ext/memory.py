@@ -32,15 +32,15 @@ def memory(layers: Iterable[LayerCache | SplitLayerCache]) -> dict[str, int]:
     """
     parts = dict.fromkeys(_PARTS.values(), 0)
     seen: set[int] = set()
-    doors: dict[int, int] = {}
     full_precision = 0
     for cache in (part for layer in layers for part in layer.parts):
         full_precision += cache.full_precision_bytes()
-        doors[id(cache.door)] = cache.door.nbytes()
+        tables = [("plan", table) for table in cache.door.tensors()]
         for name, tensor in cache.tensors._asdict().items():
+            tables.append((_PARTS[name], tensor))
+        for name, tensor in tables:
             storage = tensor.untyped_storage()
             if storage.nbytes() and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
-                parts[_PARTS[name]] += storage.nbytes()
-    parts["plan"] += sum(doors.values())
+                parts[name] += storage.nbytes()
     return parts | {"total": sum(parts.values()), "full_precision": full_precision}

@@ -278,10 +278,24 @@ def test_memory_counts_every_part() -> None:
     assert found["pages"] == sum(part.tensors.pages.nbytes for part in parts)
     assert found["sinks"] == 2 * HEADS * 2 * 3 * DIM * 4
     assert found["full_precision"] == 2 * HEADS * 2 * 2000 * DIM * 4
-    assert found["plan"] >= sum({id(p.door): p.door.nbytes() for p in parts}.values())
+    tables = {x.data_ptr(): x.nbytes for part in parts for x in part.door.tensors()}
+    for part in parts:
+        t = part.tensors
+        tables |= {x.data_ptr(): x.nbytes for x in (t.k_clip, t.v_clip, t.exponents)}
+    assert found["plan"] == sum(tables.values())
     used = sum(tiles * part.format.record_bytes * len(part.tensors.k_clip) for part in parts)
     bits = used * 8 / (2 * HEADS * 2 * tiles * 64 * DIM)
     assert bits == pytest.approx(model_plan().bits_per_value)
+
+
+def test_what_doors_share_is_counted_once() -> None:
+    """Layers with scales of their own still rotate by one matrix and clip by one table."""
+    geometry = Geometry(3, 4, 2, DIM, sliding_windows=(0,) * 3)
+    plan = Plan.default(geometry, Scheme.parse("k2-v2-g32"), torch.rand(3, DIM) + 0.5)
+    cache = SkvqCache(3, 4, 2, DIM, plan=plan)
+    shared = DIM * DIM * 4 + 2 * 2 * 2 * 4
+    own = 2 * 2 * DIM * 4 + 2 * 4 * 4  # scales and their inverses, exponents
+    assert cache.memory()["plan"] == shared + 3 * own
 
 
 def test_a_cache_needs_the_plan_that_knows_the_formats() -> None:
