@@ -26,7 +26,7 @@ from skvq_ext.evaluate.subject import EvaluationError
 from skvq_ext.geometry import Geometry
 from skvq_ext.hf import SkvqHFCache
 from skvq_ext.layer_cache import LayerCache
-from skvq_ext.observe import Observer, observing
+from skvq_ext.observe import Watcher, observing
 from skvq_ext.plan import Part, Plan, SplitPlan
 from skvq_ext.published import Published
 from skvq_ext.reference import fake_quantize_side, packed_len
@@ -36,11 +36,10 @@ GEOMETRY = Geometry(2, 4, 2, 64)
 TOKENS = 186  # a multiple of PROBE, and more than one packed tile
 
 
-class _Recorder(Observer):
+class _Recorder(Watcher):
     """Keeps q, k and v of every layer of one forward, [heads, tokens, head_dim]."""
 
     def __init__(self, num_layers: int) -> None:
-        super().__init__(num_layers, 0, output_energy=False)
         self.rows: list[tuple[Tensor, ...]] = [()] * num_layers
 
     def see(self, module: Any, *rows: Tensor) -> None:

@@ -16,7 +16,7 @@ from skvq_ext.observe import (
     check_seen,
     layer_of,
     observing,
-    output_energy,
+    output_projection,
 )
 
 
@@ -78,16 +78,12 @@ def test_what_cannot_be_watched() -> None:
             check_finite(7, "keys", torch.tensor([0.0, bad]))
 
 
-def test_energy_of_an_output_projection() -> None:
+def test_output_projection() -> None:
     attention = torch.nn.Module()
-    with pytest.raises(ObservationError, match="layer 3: Module has no output projection"):
-        output_energy(attention, 3, 4, 2, 64)
+    with pytest.raises(ObservationError, match=r"Module needs an output .* found none. Wait."):
+        output_projection(attention, 256, "Wait.")
     attention.o_proj = torch.nn.Linear(128, 256)
-    with pytest.raises(ObservationError, match=r"expected floating point \[hidden_size, 256\]"):
-        output_energy(attention, 3, 4, 2, 64)
+    with pytest.raises(ObservationError, match=r"\[hidden_size, 256\] .*found .*\[256, 128\]"):
+        output_projection(attention, 256, "")
     attention.o_proj = torch.nn.Linear(256, 128)
-    found = output_energy(attention, 3, 4, 2, 64)
-    weight = attention.o_proj.weight.double()
-    for head in range(2):
-        columns = weight[:, 128 * head : 128 * head + 128].square().sum(0)
-        torch.testing.assert_close(found[head], columns[:64] + columns[64:])
+    assert torch.equal(output_projection(attention, 256, ""), attention.o_proj.weight)

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from skvq_ext.baselines.coding import BaselineError
 from skvq_ext.geometry import Geometry
-from skvq_ext.observe import Observer, observing
+from skvq_ext.observe import Watcher, observing, output_projection
 
 MAX_TOKENS = 4096
 CHUNK = 1024  # tokens of a forward, each with positions from 0
-_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "c_proj")
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,10 @@ class _Layer:
     output: Tensor | None = None
 
 
-class _Keeper(Observer):
+class _Keeper(Watcher):
     """Keeps all rows behind the first `skip` of each call."""
 
     def __init__(self, num_layers: int, skip: int, sensitivity: bool) -> None:
-        super().__init__(num_layers, skip, output_energy=False)
         self.rows = [_Layer() for _ in range(num_layers)]
         self.skip, self.sensitivity = skip, sensitivity
 
@@ -135,12 +133,6 @@ def _joined(layer: _Layer, positions: Tensor, index: int) -> LayerRows:
 
 
 def _output(module: Any, heads: int, num_q_heads: int, dim: int) -> Tensor:
-    found = [getattr(module, name) for name in _OUTPUT_PROJECTIONS if hasattr(module, name)]
-    weight = getattr(found[0], "weight", None) if found else None
-    if weight is None or weight.dim() != 2 or weight.shape[1] != num_q_heads * dim:
-        raise BaselineError(
-            f"{type(module).__name__} has no output projection [hidden_size, {num_q_heads * dim}] "
-            f"under any of the names {', '.join(_OUTPUT_PROJECTIONS)}."
-        )
-    largest: Tensor = weight.detach().abs().amax(0).float().cpu()
+    weight = output_projection(module, num_q_heads * dim, "Choose a method that is not fitted.")
+    largest: Tensor = weight.abs().amax(0).float().cpu()
     return largest.view(heads, -1, dim).amax(1)

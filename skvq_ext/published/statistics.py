@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from skvq_ext.geometry import Geometry
-from skvq_ext.observe import Observer, observing
+from skvq_ext.observe import Watcher, observing, output_projection
 from skvq_ext.published.scheme import PublishedScheme
 from skvq_ext.rope import Rope
 
 CHUNK = 1024  # tokens of a forward, from position 0 on
 SAMPLED_CHUNKS = 3  # whose rows are kept for the clip search
 SAMPLED_QUERIES = 64  # of each of them
-_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "c_proj")
 
 
 class FitError(ValueError):
@@ -51,12 +50,11 @@ class LayerStatistics:
     learned_sinks: Tensor | None = None
 
 
-class _Collector(Observer):
+class _Collector(Watcher):
     """Fills `found` while a model runs; `sample_from`: whether the current chunk's rows are kept,
     and the first query position that counts."""
 
     def __init__(self, num_layers: int, rope: Rope | None) -> None:
-        super().__init__(num_layers, 0, output_energy=False)
         self.found = [LayerStatistics() for _ in range(num_layers)]
         self.sample_from: int | None = None
         self._rope = rope
@@ -133,15 +131,9 @@ def collect(
 
 
 def _describe(layer: LayerStatistics, module: Any, width: int) -> None:
-    found = [getattr(module, name) for name in _OUTPUT_PROJECTIONS if hasattr(module, name)]
-    weight = getattr(found[0], "weight", None) if found else None
-    if weight is None or weight.dim() != 2 or weight.shape[1] != width:
-        raise FitError(
-            f"{type(module).__name__} has no output projection [hidden_size, {width}] under any of "
-            f"the names {', '.join(_OUTPUT_PROJECTIONS)}. Give one clip ratio, as in 'clip0.92'."
-        )
+    weight = output_projection(module, width, "Give one clip ratio, as in 'clip0.92'.")
     sinks = getattr(module, "sinks", None)
-    layer.output = weight.detach().float()
+    layer.output = weight.float()
     layer.scale = float(getattr(module, "scaling", module.head_dim**-0.5))
     layer.softcap = float(getattr(module, "attn_logit_softcapping", None) or 0.0)
     layer.learned_sinks = None if sinks is None else sinks.detach().float()
