@@ -20,6 +20,7 @@ from typer.main import get_command
 import skvq_ext
 from skvq_ext import cli
 from skvq_ext.ops import format_table
+from skvq_ext.published.scheme import PublishedScheme
 from skvq_ext.scheme import Scheme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,10 +195,10 @@ def test_documented_commands_exist() -> None:
 
 def test_documented_schemes_can_be_read() -> None:
     for path in DOCUMENTS:
-        for scheme in re.findall(
-            r"\bk[\d.]+(?::\d/\d\+[\d.]+)?-v[\d.]+[\w.:/+-]*", path.read_text()
+        for kind, scheme in re.findall(
+            r"(published:)?\b(k[\d.]+(?::\d/\d\+[\d.]+)?-v[\d.]+[\w.:/+-]*)", path.read_text()
         ):
-            Scheme.parse(scheme.rstrip("-."))
+            (PublishedScheme if kind else Scheme).parse(scheme.rstrip("-."))
 
 
 def test_links_lead_somewhere() -> None:
