@@ -160,6 +160,8 @@ def test_pytest_is_understood(
         "import pytest\ndef test_good(): pass\ndef test_good_too(): pass\ndef test_bad(): assert 0\n"
         "@pytest.mark.skip(reason='no GPU here')\ndef test_lazy(): pass\n"
     )
+    # Its own root: -k also reads the names of folders below the root, and this one's is the test's.
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
     junit = tmp_path / "j.xml"
     command = (
         sys.executable,
