@@ -65,6 +65,22 @@ def observing(model: Any, observer: Watcher) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """While inside, the model is in evaluation mode and its weights want no gradients."""
+    training = model.training
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        model.train(training)
+
+
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> Any:

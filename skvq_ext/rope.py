@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skvq_ext.observe import frozen
+
 _PROBE_POSITION = 5  # the fastest channels turn by one radian per token: five are not to be missed
 _PROBE_TOKENS = 8
 _PROBE_TOLERANCE = 0.03  # of the largest key; keys of bfloat16 models carry errors of 2 ** -8
@@ -180,11 +182,7 @@ def _switch(config: Any) -> int:
 
 def _keys(model: Any, ids: Tensor, positions: Tensor) -> list[Tensor]:
     """Keys of every layer after one forward without history, [batch, heads, tokens, head_dim]."""
-    training = model.training
-    model.eval()
-    try:
+    with frozen(model):
         out = model.base_model(input_ids=ids, position_ids=positions, use_cache=True)
-    finally:
-        model.train(training)
     cache = getattr(out, "cache", None) or out.past_key_values
     return [layer.keys for layer in cache.layers]

@@ -22,6 +22,7 @@ from skvq_ext.baselines.coding import BaselineError, Quantizer, Seen
 from skvq_ext.format import TILE_TOKENS
 from skvq_ext.geometry import Geometry
 from skvq_ext.hf.attention import attention as plain_attention
+from skvq_ext.hf.attention import select
 
 NAME = "skvq_simulated"
 CHUNK = 64  # most tokens of a forward that read what single steps would read
@@ -193,15 +194,9 @@ class SimulatedCache(Cache):
     def __init__(self, model: Any, rule: Rule, make: Callable[[], Quantizer]) -> None:
         """Args: a transformers decoder, whose attention implementation becomes "skvq_simulated";
         rule, which tokens are replaced; make, gives a quantizer without memories.
-        Raises: BaselineError, GeometryError for attention that has no K and V per head."""
+        Raises: ValueError, GeometryError for attention that has no K and V per head."""
         geometry = Geometry.from_config(model.config)
-        model.set_attn_implementation(NAME)
-        text = model.config.get_text_config(decoder=True)
-        if text._attn_implementation != NAME:
-            raise BaselineError(
-                f"the attention of {type(model).__name__} stays {text._attn_implementation!r}: this "
-                "model does not take its attention from transformers' AttentionInterface."
-            )
+        text = select(model, NAME)
         self._make, self._shared = make, _Shared(text, rule, make())
         self._rows = [SimulatedLayer(i, self._shared) for i in range(geometry.num_layers)]
         super().__init__(layers=list(self._rows))

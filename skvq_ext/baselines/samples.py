@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from skvq_ext.baselines.coding import BaselineError
 from skvq_ext.geometry import Geometry
-from skvq_ext.observe import Watcher, observing, output_projection
+from skvq_ext.observe import Watcher, frozen, observing, output_projection
 
 MAX_TOKENS = 4096
 CHUNK = 1024  # tokens of a forward, each with positions from 0
@@ -92,7 +90,7 @@ def collect(
             f"{skip + 1} tokens, and a few thousand are better."
         )
     keeper = _Keeper(Geometry.from_config(model.config).num_layers, skip, sensitivity)
-    with _frozen(model), observing(model, keeper), torch.set_grad_enabled(sensitivity):
+    with frozen(model), observing(model, keeper), torch.set_grad_enabled(sensitivity):
         for chunk in chunks:
             _run(model, chunk[None].to(model.device), sensitivity)
     positions = torch.cat([torch.arange(skip, len(chunk)) for chunk in chunks])
@@ -105,21 +103,6 @@ def _run(model: Any, ids: Tensor, sensitivity: bool) -> None:
         return
     embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
     model(inputs_embeds=embeds, labels=ids, use_cache=False).loss.backward()
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """Evaluation mode, and no gradients for weights, which would fill the memory."""
-    training, wanted = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(training)
-        for parameter in wanted:
-            parameter.requires_grad_(True)
 
 
 def _joined(layer: _Layer, positions: Tensor, index: int) -> LayerRows:

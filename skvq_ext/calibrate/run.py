@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from skvq_ext.calibrate.search import LayerRows, Option, search_head
 from skvq_ext.calibrate.sensitivity import fisher
 from skvq_ext.calibrate.texts import check_texts, make_segments
 from skvq_ext.geometry import Geometry
-from skvq_ext.observe import Watcher, check_finite, layer_of, observing
+from skvq_ext.observe import Watcher, check_finite, frozen, layer_of, observing
 from skvq_ext.plan import Plan
 from skvq_ext.scheme import Scheme
 
@@ -71,7 +71,7 @@ def calibrate(
     origin = f"searched on {segments.numel()} tokens in {len(segments)} segments, seed {seed}"
     plan = Plan(scheme, geometry, [], origin=origin, tokenizer=tokenizer)
     mark = "" if resume is None else fingerprint(model, geometry, scheme, segments, pairs, seed)
-    with _steps(progress) as step, _frozen(model), torch.no_grad():
+    with _steps(progress) as step, frozen(model), torch.no_grad():
         kept = Progress(resume, mark)
         weights = kept.fisher(
             lambda: fisher(
@@ -173,22 +173,6 @@ def _assemble(
 def _bits(scheme: Scheme, pair: tuple[str, str], head_dim: int) -> float:
     one = replace(scheme, k=pair[0], v=pair[1], bits=None)
     return one.record_format(head_dim).bits_per_value
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """While inside, the model is in evaluation mode and its weights want no gradients."""
-    training = model.training
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        model.train(training)
 
 
 def _steps(progress: bool | Step) -> Any:

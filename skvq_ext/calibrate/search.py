@@ -78,9 +78,9 @@ def search_head(
     }
     found = {}
     for side in ("k", "v"):
-        rows = (errors.k if side == "k" else errors.v)[:, scheme.sinks :].flatten(0, 1)
-        measure = errors.of_keys if side == "k" else errors.of_values
         whole = errors.k if side == "k" else errors.v
+        rows = whole[:, scheme.sinks :].flatten(0, 1)
+        measure = errors.of_keys if side == "k" else errors.of_values
         judge = _Judge(rows, energies[side], whole, measure, scheme, side, seed)
         found[side] = judge.options(shapes[side])
     return found

@@ -30,14 +30,24 @@ def enable(model: _Model) -> _Model:
 
     Raises: ValueError where the model's attention cannot be replaced.
     """
-    model.set_attn_implementation(NAME)
-    found = model.config.get_text_config(decoder=True)._attn_implementation
-    if found != NAME:
+    select(model, NAME)
+    return model
+
+
+def select(model: Any, name: str) -> Any:
+    """Selects a registered attention implementation in a model; returns its text configuration.
+
+    Raises: ValueError where the model's attention cannot be replaced.
+    """
+    model.set_attn_implementation(name)
+    config = model.config.get_text_config(decoder=True)
+    found = config._attn_implementation
+    if found != name:
         raise ValueError(
             f"the attention of {type(model).__name__} stays {found!r}: this model does not take "
             "its attention from transformers' AttentionInterface, so no packed cache can serve it."
         )
-    return model
+    return config
 
 
 def attach(keys: Tensor, layer: SkvqHFLayer) -> Tensor:

@@ -25,21 +25,6 @@ class CacheLength(int):
     """The kv_length that a published cache reports: by it the mask knows whom it is made for."""
 
 
-def enable(model: Any) -> Any:
-    """Selects this implementation in a transformers model; returns its text configuration.
-
-    Raises: ValueError where the model's attention cannot be replaced.
-    """
-    model.set_attn_implementation(NAME)
-    config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation != NAME:
-        raise ValueError(
-            f"the attention of {type(model).__name__} stays {config._attn_implementation!r}: this "
-            "model does not take its attention from transformers' AttentionInterface."
-        )
-    return config
-
-
 def attach(keys: Tensor, layer: PublishedLayer) -> Tensor:
     """The keys, as another tensor object that carries the layer they were given to."""
     keys = keys.detach()

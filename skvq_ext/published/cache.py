@@ -11,7 +11,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from skvq_ext.format import TILE_TOKENS
-from skvq_ext.published.attention import NAME, CacheLength, attach, enable
+from skvq_ext.hf.attention import select
+from skvq_ext.published.attention import NAME, CacheLength, attach
 from skvq_ext.published.plan import PublishedPlan
 from skvq_ext.published.quantizer import Quantizer
 from skvq_ext.published.statistics import channels_of
@@ -235,7 +236,7 @@ class PublishedCache(Cache):
         Raises: ValueError for attention that has no K and V per head, or a plan of another model.
         """
         plan.check_fits(model)
-        config, windows = enable(model), plan.geometry.sliding_windows or ()
+        config, windows = select(model, NAME), plan.geometry.sliding_windows or ()
         self._published = [
             PublishedLayer(index, plan, config, window > 0) for index, window in enumerate(windows)
         ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skvq_ext.geometry import Geometry
-from skvq_ext.observe import Watcher, observing, output_projection
+from skvq_ext.observe import Watcher, frozen, observing, output_projection
 from skvq_ext.published.scheme import PublishedScheme
 from skvq_ext.rope import Rope
 
@@ -112,15 +112,10 @@ def collect(
     usable = [index for index, chunk in enumerate(chunks) if len(chunk) >= least]
     step = max(1, len(usable) // SAMPLED_CHUNKS)
     sampled = set(usable[::step][:SAMPLED_CHUNKS]) if searched else set()
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), observing(model, collector):
-            for index, chunk in enumerate(chunks):
-                collector.sample_from = exact if index in sampled else None
-                model.base_model(input_ids=chunk[None].to(model.device), use_cache=False)
-    finally:
-        model.train(training)
+    with frozen(model), torch.no_grad(), observing(model, collector):
+        for index, chunk in enumerate(chunks):
+            collector.sample_from = exact if index in sampled else None
+            model.base_model(input_ids=chunk[None].to(model.device), use_cache=False)
     missing = [index for index, layer in enumerate(collector.found) if not layer.low]
     if missing:
         raise FitError(
