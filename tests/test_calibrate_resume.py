@@ -13,7 +13,7 @@ from calibrate_models import BUDGET, PAIRS, make_lively, run, short_search
 from hf_models import make_model, make_tokens
 
 from skvq_ext.calibrate import run as module
-from skvq_ext.calibrate.resume import Progress, fingerprint
+from skvq_ext.calibrate.resume import Progress, fingerprint, forget
 from skvq_ext.calibrate.texts import make_segments
 from skvq_ext.geometry import Geometry
 from skvq_ext.scheme import Scheme
@@ -67,7 +67,9 @@ def test_an_interrupted_search_ends_in_the_same_bytes(tmp_path: Path, searched: 
     run(model, resume=kept).save(paths[1])
     assert searched == ["fisher", *["head"] * 4], "nothing twice"
     assert paths[0].read_bytes() == paths[1].read_bytes()
+    forget(kept)
     assert not kept.exists()
+    forget(kept)
 
 
 def test_weights_of_heads_are_kept_once_they_are_complete(
@@ -113,13 +115,14 @@ def test_another_budget_goes_on_and_another_seed_starts_anew(
     searched.clear()
     run(model, replace(QUICK, bits=2.2), seed=1, resume=kept)
     assert searched == ["head"] * 2
+    forget(kept)
     assert [x.name for x in kept.iterdir()] == ["of the user"] and (mine / "letter.txt").exists()
 
 
 def test_what_decides_the_layers_decides_the_mark() -> None:
     model, scheme = make_model("llama"), QUICK
     geometry = Geometry.from_config(model.config)
-    segments = make_segments([make_tokens(300)[0]], 300, 0)
+    segments = make_segments([make_tokens(300)[0]], 300, 0).together
     first = fingerprint(model, geometry, scheme, segments, PAIRS, 0)
     same = [
         fingerprint(make_model("llama"), geometry, scheme, segments.clone(), list(PAIRS), 0),
@@ -145,6 +148,5 @@ def test_without_a_directory_nothing_is_kept(tmp_path: Path) -> None:
     assert kept.fisher(lambda: matrices) is matrices
     kept.keep(0, [])
     assert kept.layer(0, {"k": {}, "v": {}}) is None
-    kept.forget()
     run(make_model("llama"), QUICK)
     assert not list(tmp_path.iterdir())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from skvq_ext.calibrate import rotation
+from skvq_ext.calibrate import rotation, transforms
 from skvq_ext.calibrate.objective import Error, HeadErrors, Softmax
 from skvq_ext.calibrate.quantizer import CLIPS, HeadQuantizer
 from skvq_ext.calibrate.search import LayerRows, Option, Shapes, search_head
@@ -101,7 +102,7 @@ def test_a_head_without_any_range_keeps_the_default_exponents() -> None:
     assert torch.equal(found.read_back(torch.zeros(5, DIM)), torch.zeros(5, DIM))
 
 
-def layer_rows(sliding_window: int = 0) -> LayerRows:
+def layer_rows(sliding_window: int = 0, lessons: bool = False) -> LayerRows:
     """One text, two KV heads of two query heads each; q asks for the keys of other tokens."""
     k, v = channels(1, 2, 200, seed=4), channels(1, 2, 200, seed=5)
     positions = torch.arange(20, 200, 3)
@@ -112,7 +113,10 @@ def layer_rows(sliding_window: int = 0) -> LayerRows:
     q = q / k.std(2).repeat_interleave(2, 1)[:, :, None]
     root = torch.randn(4, DIM, DIM, generator=dice).double()
     how = Softmax(0.5, sliding_window=sliding_window, sink_logits=torch.arange(4.0))
-    return LayerRows(q.contiguous(), k, v, positions, how, root @ root.mT)
+    # Rows of the same heads, of other tokens.
+    other = channels(1, 2, 600, seed=4), channels(1, 2, 600, seed=5)
+    taught = tuple(x[:, :, 200:] for x in other) if lessons else None
+    return LayerRows(q.contiguous(), k, v, positions, how, root @ root.mT, taught)
 
 
 def errors_of(layer: LayerRows, head: int) -> HeadErrors:
@@ -176,6 +180,29 @@ def test_what_wins_is_never_worse_than_doing_nothing(head: int) -> None:
         assert pooled(option.error) <= pooled(identity)
         if side == "k":  # channels of very different size: there is a lot to win
             assert option.error.fit < 0.5 * identity.fit
+
+
+@pytest.fixture
+def taught(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The rows that every rotation was learned from."""
+    rows: list[Tensor] = []
+
+    def learn(given: Tensor, start: Tensor, *args: Any) -> Tensor:
+        rows.append(given)
+        return start
+
+    monkeypatch.setattr(transforms, "learn_rotation", learn)
+    return rows
+
+
+def test_rotations_are_learned_from_lessons_only(taught: list[Tensor]) -> None:
+    scheme = replace(SCHEME, clip=1.0)
+    for lessons in (False, True):
+        layer = layer_rows(lessons=lessons)
+        search_head(layer, 0, shapes(("2", "3"), ("1.5",)), scheme, 0)
+    # Two ways, at most, to be learned for K and for V; other formats of the same groups share them.
+    assert 1 <= len(taught) <= 4
+    assert {len(rows) for rows in taught} == {400 - SCHEME.sinks}
 
 
 @pytest.mark.usefixtures("_short_descent")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from skvq_ext.calibrate import CalibrationError
 from skvq_ext.calibrate.texts import (
+    LESSONS,
     SEGMENT,
     check_texts,
     make_segments,
@@ -30,7 +31,7 @@ def kinds(segments: Tensor) -> list[bool]:
 
 
 def test_half_of_the_segments_are_text_and_half_recall_it() -> None:
-    segments = make_segments([torch.arange(20_000)], 8192, seed=0)
+    segments = make_segments([torch.arange(20_000)], 8192, seed=0).judged
     assert segments.shape == (4, SEGMENT) and segments.dtype == torch.int64
     assert kinds(segments) == [True, True, False, False]
     assert len(set(segments[:, 0].tolist())) == 4, "from different places"
@@ -43,29 +44,44 @@ def test_half_of_the_segments_are_text_and_half_recall_it() -> None:
         assert 10 < len(pieces) < 44 and pieces.max() <= 2 * 96  # neighbours may meet again
 
 
+@pytest.mark.parametrize(("tokens", "most"), [(20_000, 4), (60_000, LESSONS), (9_000, 1)])
+def test_lessons_are_text_that_nothing_is_judged_on(tokens: int, most: int) -> None:
+    segments = make_segments([torch.arange(tokens)], 4096, seed=0)
+    lessons = segments.lessons
+    assert 1 <= len(lessons) <= LESSONS and len(lessons) >= most
+    assert lessons.shape[1] == SEGMENT and all(kinds(lessons))
+    assert len(lessons.unique()) == lessons.numel(), "no token twice"
+    # The second judged segment says less of its own piece than the first: it recalls one half.
+    judged = set(segments.judged.flatten().tolist())
+    assert not judged & set(lessons.flatten().tolist())
+    assert torch.equal(segments.together, torch.cat([segments.judged, lessons]))
+
+
 def test_a_short_text_is_read_as_it_is_and_recalled() -> None:
-    segments = make_segments([torch.arange(501)], 4096, seed=0)
+    whole = make_segments([torch.arange(501)], 4096, seed=0)
+    segments = whole.judged
+    assert whole.lessons.shape == (0, 501), "nothing is left for lessons"
     assert segments.shape == (2, 501) and kinds(segments) == [True, False]
     kept, again = segments[1].split([251, 250])
     assert torch.equal(kept, torch.arange(251))
     assert torch.equal(again.sort().values, torch.arange(250))
-    assert make_segments([torch.arange(501)], 501, seed=0).tolist() == [list(range(501))]
-    assert make_segments([torch.arange(501)], 400, seed=0).shape == (1, 400)
+    assert make_segments([torch.arange(501)], 501, seed=0).judged.tolist() == [list(range(501))]
+    assert make_segments([torch.arange(501)], 400, seed=0).judged.shape == (1, 400)
 
 
 def test_several_texts_are_one() -> None:
     parts = torch.arange(5000).split([100, 2900, 2000])
-    whole, cut = (make_segments(x, 4096, seed=0) for x in ([torch.arange(5000)], parts))
+    whole, cut = (make_segments(x, 4096, seed=0).together for x in ([torch.arange(5000)], parts))
     assert torch.equal(whole, cut)
 
 
 def test_the_seed_decides() -> None:
-    one, same, other = (make_segments([torch.arange(9000)], 8192, seed=n) for n in (1, 1, 2))
+    one, same, other = (make_segments([torch.arange(9000)], 8192, seed=n).judged for n in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_segments_reach_behind_any_window() -> None:
-    segments = make_segments([torch.arange(20_000)], 12_000, seed=0, least=3000)
+    segments = make_segments([torch.arange(20_000)], 12_000, seed=0, least=3000).judged
     assert segments.shape == (2, 6000)
     with pytest.raises(CalibrationError, match=r"max_tokens is 2999, too few .* least 3000"):
         make_segments([torch.arange(20_000)], 2999, seed=0, least=3000)

@@ -28,7 +28,7 @@ def calibrate(
     scheme: Annotated[
         str, typer.Option(help="Formats ('k2-v1.5'), or a budget in average bits ('bits2.25').")
     ] = DEFAULT,
-    tokens: Annotated[int, typer.Option(min=64, help="Tokens to read.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens that errors are measured on.")] = 4096,
     seed: Annotated[int, typer.Option(min=0, help="Of everything drawn at random.")] = 0,
     formats: Annotated[
         str,
@@ -46,6 +46,7 @@ def calibrate(
     """
     from skvq_ext import report
     from skvq_ext.calibrate.formats import read_pairs
+    from skvq_ext.calibrate.resume import forget
     from skvq_ext.calibrate.run import calibrate as search
     from skvq_ext.calibrate.texts import packaged_text, read_tokens
     from skvq_ext.geometry import Geometry
@@ -57,6 +58,7 @@ def calibrate(
     geometry = Geometry.from_config(loaded.model.config)
     pairs = read_pairs(formats, parsed, geometry.head_dim)
     ids = [read_tokens(path, loaded.encode) for path in text or []]
+    partial = output.with_name(f"{output.name}.partial")
     with report.steps() as step:
         plan = search(
             loaded.model,
@@ -67,9 +69,10 @@ def calibrate(
             progress=step,
             formats=pairs,
             tokenizer=loaded.tokenizer_fingerprint,
-            resume=output.with_name(f"{output.name}.partial"),
+            resume=partial,
         )
     plan.save(output)
+    forget(partial)
     report.say(f"{output}: plan of {loaded.name}, {plan.origin}")
     _show(plan)
 

@@ -61,8 +61,8 @@ class Progress:
         if directory is not None:
             self._directory = directory / mark
             self._directory.mkdir(parents=True, exist_ok=True)
-            for other in directory.iterdir():  # nothing but what an earlier search left behind
-                if other != self._directory and re.fullmatch(r"search-[0-9a-f]{16}", other.name):
+            for other in _searches(directory):
+                if other != self._directory:
                     shutil.rmtree(other)
 
     def fisher(self, make: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -116,15 +116,21 @@ class Progress:
                         tensors[f"{n}.{side}.{code}.{part}"] = value.contiguous().clone()
         _write(path, tensors, {_ENTRY: json.dumps(header, sort_keys=True)})
 
-    def forget(self) -> None:
-        """Removes what was kept: the plan is complete."""
-        if self._directory is not None:
-            shutil.rmtree(self._directory)
-            if not any(self._directory.parent.iterdir()):
-                self._directory.parent.rmdir()
-
     def _path(self, name: str) -> Path | None:
         return None if self._directory is None else self._directory / f"{name}.safetensors"
+
+
+def forget(directory: Path) -> None:
+    """Removes finished layers once the plan they went into is written; other files stay."""
+    for search in _searches(directory):
+        shutil.rmtree(search)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def _searches(directory: Path) -> list[Path]:
+    """What searches left behind, and nothing else that lies there."""
+    return [x for x in directory.glob("search-*") if re.fullmatch(r"search-[0-9a-f]{16}", x.name)]
 
 
 def _option(entry: dict[str, Any], shape: Any, tensors: dict[str, Tensor], where: str) -> Option:

@@ -8,8 +8,8 @@ from torch import Tensor
 from skvq_ext.hadamard import block_hadamard
 from skvq_ext.plan import TensorShape
 
-_STEPS = 24
-_RATE = 0.03  # of Adam, on the entries of a skew-symmetric matrix
+_STEPS = 96
+_RATE = 0.01  # of Adam at first, on the entries of a skew-symmetric matrix; falls to 0
 _ROWS = 512  # of a step; few are enough for a gradient
 
 
@@ -33,34 +33,35 @@ def principal_rotation(rows: Tensor, band_edges: tuple[int, ...]) -> Tensor:
 def learn_rotation(rows: Tensor, start: Tensor, shape: TensorShape, seed: int) -> Tensor:
     """A rotation after which quantization errs least, found by descent from `start`.
 
-    R = start · exp(A), A skew-symmetric; gradients pass the rounding unchanged (SpinQuant,
-    arXiv 2405.16406, learns rotations of weights and activations so). The range of a token's group
-    is shrunk by a fixed ratio here; the clip is chosen later.
+    R = start · (I - A)^-1 (I + A), A skew-symmetric (the Cayley transform); gradients pass the
+    rounding unchanged (SpinQuant, arXiv 2405.16406, learns rotations of weights and activations
+    so). The range of a token's group is shrunk by a fixed ratio here; the clip is chosen later.
     Args: rows f32 [n, D]; start f32 [D, D]; shape of bands, groups and levels; seed of the rows
-    drawn for each step. Returns: f32 [D, D], orthogonal.
+    drawn for each step. Returns: f32 [D, D], orthogonal; `start` where descent found no better one.
     """
     dim = rows.shape[1]
     dice = torch.Generator().manual_seed(seed)
     free = torch.zeros(dim, dim, requires_grad=True)
     adam = torch.optim.Adam([free], lr=_RATE)
-    best, least = start, float("inf")
+    falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / _STEPS)
     with torch.enable_grad():
-        for step in range(_STEPS + 1):
-            rotation = start @ torch.matrix_exp(free - free.mT)
+        for _ in range(_STEPS):
             some = rows[torch.randint(len(rows), (_ROWS,), generator=dice)]
-            loss: Tensor = _loss(some @ rotation.mT, shape)
-            if step % 6 == 0:
-                whole = float(_loss(rows @ rotation.detach().mT, shape))
-                if whole < least:
-                    best, least = rotation.detach(), whole
+            loss: Tensor = _loss(some @ (start @ _cayley(free)).mT, shape)
             adam.zero_grad()
             loss.backward()
             adam.step()
-    left, _, right = torch.linalg.svd(
-        best.double()
-    )  # nearest to what descent left, exactly orthogonal
-    nearest: Tensor = left @ right
-    return nearest.float()
+            falling.step()
+    found: Tensor = (start.double() @ _cayley(free.detach().double())).float()
+    better = _loss(rows @ found.mT, shape) < _loss(rows @ start.mT, shape)
+    return found if better else start
+
+
+def _cayley(free: Tensor) -> Tensor:
+    """An orthogonal matrix from any square one [D, D]."""
+    skew, one = free - free.mT, torch.eye(len(free), dtype=free.dtype)
+    turned: Tensor = torch.linalg.solve(one - skew, one + skew)
+    return turned
 
 
 def _loss(y: Tensor, shape: TensorShape) -> Tensor:

@@ -47,16 +47,16 @@ def calibrate(
 ) -> Plan:
     """Searches a plan for a transformers decoder: transforms, clip, and under a budget the formats.
 
-    Three readings of the calibration segments (`texts.make_segments`): one with gradients, for what
+    Two readings of the calibration segments (`texts.make_segments`): one with gradients, for what
     an error in each head costs; one in which each layer is searched while it computes, so that no
     more than one layer's keys are in memory.
 
     Args: model; token_ids, one text int64 [n] or [1, n] or several; scheme, whose transform and
     clip, where given, are kept, and whose budget 'bits' lets heads have formats of their own;
-    max_tokens read; seed of everything drawn; progress, True for a bar on the terminal or a function
-    called with (name, done, total); formats, pairs (k, v) heads may get under a budget, None = all;
-    tokenizer, fingerprint the plan will be checked against; resume, a directory where finished layers
-    are kept until the plan is complete.
+    max_tokens that errors are measured on; seed of everything drawn; progress, True for a bar on
+    the terminal or a function called with (name, done, total); formats, pairs (k, v) heads may get
+    under a budget, None = all; tokenizer, fingerprint the plan will be checked against; resume, a
+    directory where finished layers are kept, and found again, until `resume.forget`.
     Returns: the plan; equal arguments give equal plans.
     Raises: CalibrationError, ObservationError, GeometryError, SchemeError.
     """
@@ -68,25 +68,32 @@ def calibrate(
     bits = {pair: _bits(scheme, pair, geometry.head_dim) for pair in pairs}
     if scheme.bits is not None:
         check_budget(min(bits.values()), scheme.bits)  # not after hours
-    origin = f"searched on {segments.numel()} tokens in {len(segments)} segments, seed {seed}"
+    origin = (
+        f"searched on {segments.judged.numel()} tokens after lessons from "
+        f"{segments.lessons.numel()}, seed {seed}"
+    )
     plan = Plan(scheme, geometry, [], origin=origin, tokenizer=tokenizer)
-    mark = "" if resume is None else fingerprint(model, geometry, scheme, segments, pairs, seed)
+    mark = (
+        ""
+        if resume is None
+        else fingerprint(model, geometry, scheme, segments.together, pairs, seed)
+    )
     with _steps(progress) as step, frozen(model), torch.no_grad():
         kept = Progress(resume, mark)
         weights = kept.fisher(
             lambda: fisher(
                 model,
-                segments,
+                segments.judged,
                 geometry.num_layers,
                 seed,
                 lambda done, total: step("weighing heads", done, total),
             )
         )
-        searched = _Search(plan, weights, pairs, seed, kept, step)
+        searched = _Search(plan, weights, pairs, seed, len(segments.judged), kept, step)
         with observing(model, searched):
-            model.base_model(input_ids=segments.to(model.device), use_cache=False)
+            read = segments.together.to(model.device)
+            model.base_model(input_ids=read, use_cache=False)
     plan.layers.extend(_assemble(searched.found, scheme, bits))
-    kept.forget()
     return plan
 
 
@@ -99,11 +106,13 @@ class _Search(Watcher):
         weights: list[Tensor],
         pairs: Sequence[tuple[str, str]],
         seed: int,
+        judged: int,
         kept: Progress,
         step: Step,
     ) -> None:
+        """Args: judged, how many of the segments read errors are measured on, from the first on."""
         self.found: dict[int, list[Head]] = {}
-        self._plan, self._weights, self._seed = plan, weights, seed
+        self._plan, self._weights, self._seed, self._judged = plan, weights, seed, judged
         self._shapes = shapes_of(plan, pairs)
         self._kept, self._step = kept, step
 
@@ -141,7 +150,10 @@ class _Search(Watcher):
             windows[index],
             None if sinks is None else sinks.detach().float().cpu(),
         )
-        return LayerRows(q[:, :, some].contiguous(), k, v, some, how, self._weights[index])
+        n = self._judged
+        lessons = (k[n:], v[n:]) if len(k) > n else None
+        asked = q[:n, :, some].contiguous()
+        return LayerRows(asked, k[:n], v[:n], some, how, self._weights[index], lessons)
 
 
 def _assemble(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from skvq_ext.calibrate.objective import Error, HeadErrors, Softmax
 from skvq_ext.calibrate.quantizer import HeadQuantizer
-from skvq_ext.calibrate.transforms import LEARNED, HeadRows, candidates
+from skvq_ext.calibrate.transforms import LEARNED, HeadRows, Make, candidates
 from skvq_ext.plan import DEFAULT_EXPONENTS, TensorPlan, TensorShape
 from skvq_ext.scheme import Scheme
 
@@ -33,7 +34,8 @@ class LayerRows:
     """Calibration data of one layer.
 
     q f32 [B, Hq, n, D], sampled queries; k, v f32 [B, H, T, D]; positions int64 [n] of the queries.
-    fisher f64 [Hq, D, D].
+    fisher f64 [Hq, D, D]. lessons, keys and values f32 [m, H, T, D] of other text, that transforms
+    are made from; without any they are made from k and v, and none is learned.
     """
 
     q: Tensor
@@ -42,6 +44,7 @@ class LayerRows:
     positions: Tensor
     how: Softmax
     fisher: Tensor
+    lessons: tuple[Tensor, Tensor] | None = None
 
 
 Shapes = dict[str, dict[str, TensorShape]]  # side ("k", "v") -> format -> shape
@@ -77,11 +80,15 @@ def search_head(
         "v": layer.fisher[mine].diagonal(dim1=-2, dim2=-1).sum(0),
     }
     found = {}
-    for side in ("k", "v"):
+    for index, side in enumerate(("k", "v")):
         whole = errors.k if side == "k" else errors.v
-        rows = whole[:, scheme.sinks :].flatten(0, 1)
+        lessons = whole if layer.lessons is None else layer.lessons[index][:, head]
+        rows = lessons[:, scheme.sinks :].flatten(0, 1)
         measure = errors.of_keys if side == "k" else errors.of_values
-        judge = _Judge(rows, energies[side], whole, measure, scheme, side, seed)
+        names = candidates(scheme.transform)
+        if layer.lessons is None:  # a rotation seems good on the rows it was learned from
+            names = {name: make for name, make in names.items() if name not in LEARNED}
+        judge = _Judge(names, (rows, energies[side]), whole, measure, scheme, side, seed)
         found[side] = judge.options(shapes[side])
     return found
 
@@ -91,17 +98,19 @@ class _Judge:
 
     def __init__(
         self,
-        rows: Tensor,
-        energy: Tensor,
+        names: dict[str, Make],
+        lessons: tuple[Tensor, Tensor],
         whole: Tensor,
         measure: Callable[[Tensor], Error],
         scheme: Scheme,
         side: str,
         seed: int,
     ) -> None:
-        self._rows, self._energy, self._whole = rows, energy, whole
+        """Args: names, the transforms; lessons, rows f32 [n, D] and energy f64 [D] they are made
+        from; whole, rows f32 [B, T, D] to quantize; measure, of what is read instead of them."""
+        self._open, self._lessons, self._whole = names, lessons, whole
         self._measure, self._scheme, self._side, self._seed = measure, scheme, side, seed
-        self._open = candidates(scheme.transform)
+        self._made: dict[tuple[Any, ...], TensorPlan] = {}
         self._fitted: dict[tuple[str, TensorShape], HeadQuantizer] = {}
 
     def options(self, shapes: dict[str, TensorShape]) -> dict[str, Option]:
@@ -144,15 +153,22 @@ class _Judge:
         """With the clip of least squared error, or the one the scheme names."""
         key = name, shape
         if key not in self._fitted:
-            neutral = TensorPlan.neutral(1, shape, DEFAULT_EXPONENTS[self._side])
-            head = HeadRows(self._rows, self._energy, shape, neutral, self._seed)
-            start = HeadQuantizer(self._open[name](head), shape, self._scheme.meta)
-            start = start.fitted(self._rows)
+            start = HeadQuantizer(self._make(name, shape), shape, self._scheme.meta)
+            start = start.fitted(self._lessons[0])
             if self._scheme.clip is not None:
                 clip = torch.full_like(start.tensor.clip, self._scheme.clip)
                 start = start.with_tables(clip, start.tensor.exponents)
             self._fitted[key] = start
         return self._fitted[key]
+
+    def _make(self, name: str, shape: TensorShape) -> TensorPlan:
+        """The transform, made once for all formats of the same groups: levels matter little to it."""
+        key = name, shape.groups, shape.band_edges
+        if key not in self._made:
+            neutral = TensorPlan.neutral(1, shape, DEFAULT_EXPONENTS[self._side])
+            head = HeadRows(*self._lessons, shape, neutral, self._seed)
+            self._made[key] = self._open[name](head)
+        return self._made[key]
 
     def _option(self, name: str, quantizer: HeadQuantizer) -> Option:
         return Option(name, quantizer.tensor, self._error(quantizer))

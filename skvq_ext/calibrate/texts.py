@@ -1,8 +1,9 @@
-"""What a model reads during calibration: pieces of text as they are, and pieces it has to recall."""
+"""What a model reads during calibration: text as it is, and text that it has to recall."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 SEGMENT = 2048  # tokens a model reads at once: far beyond a window
+LESSONS = 6  # segments, where there is as much text; few more make better rotations
 _PIECES = (24, 97)  # tokens of a piece that comes back, from and below
 PACKAGED = Path(__file__).with_name("text.txt")  # an old novel and technical prose
 
@@ -81,14 +83,31 @@ def check_texts(
     return texts
 
 
-def make_segments(texts: Sequence[Tensor], max_tokens: int, seed: int, least: int = 1) -> Tensor:
-    """Equally long segments: half of them text as it is, half pieces of it in two orders.
+@dataclass(frozen=True)
+class Segments:
+    """Equally long segments.
+
+    judged: int64 [n, tokens], what errors are measured on. lessons: int64 [m, tokens], other text
+    that transforms are made from; m = 0 where there is none.
+    """
+
+    judged: Tensor
+    lessons: Tensor
+
+    @property
+    def together(self) -> Tensor:
+        """int64 [n + m, tokens]."""
+        return torch.cat([self.judged, self.lessons])
+
+
+def make_segments(texts: Sequence[Tensor], max_tokens: int, seed: int, least: int = 1) -> Segments:
+    """Half of the judged segments are text as it is, half pieces of it in two orders.
 
     A text seldom asks for an exact detail from far back, and keys that serve this are the first to
     suffer at two bits. In the second kind of segment every piece of the first half comes back in
     the second half, so that it can be recalled.
-    Args: texts, int64 [n] each; max_tokens of all segments; least, tokens a segment needs.
-    Returns: int64 [segments, tokens], no more tokens each than SEGMENT or, if more, twice `least`.
+    Args: texts, int64 [n] each; max_tokens of all that is judged; least, tokens a segment needs.
+    Returns: segments of no more tokens each than SEGMENT or, if more, twice `least`.
     Raises: CalibrationError where max_tokens is less than one segment needs.
     """
     if max_tokens < least:
@@ -106,7 +125,23 @@ def make_segments(texts: Sequence[Tensor], max_tokens: int, seed: int, least: in
     dice = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(starts), generator=dice).tolist()
     chosen = [ids[starts[i] : starts[i] + length] for i in order]
-    return torch.stack([*chosen[:plain], *(_recalled(part, dice) for part in chosen[plain:])])
+    judged = [*chosen[:plain], *(_recalled(part, dice) for part in chosen[plain:])]
+    free = _between(starts, length, len(ids))
+    picked = torch.linspace(0, len(free) - 1, min(len(free), LESSONS)).long().tolist()
+    lessons = [ids[free[i] : free[i] + length] for i in picked]
+    return Segments(
+        torch.stack(judged), torch.stack(lessons) if lessons else ids.new_empty(0, length)
+    )
+
+
+def _between(taken: Sequence[int], length: int, total: int) -> list[int]:
+    """Where segments begin that lie between those that begin at `taken`."""
+    found: list[int] = []
+    at = 0
+    for end in (*sorted(taken), total):
+        found += range(at, end - length + 1, length)
+        at = max(at, end + length)
+    return found
 
 
 def _recalled(ids: Tensor, dice: torch.Generator) -> Tensor:

@@ -17,7 +17,7 @@ from skvq_ext.plan import TensorPlan, TensorShape
 class HeadRows:
     """Rows of K or of V of one head on calibration data.
 
-    rows: f32 [n, D], those that get quantized. energy: f64 [D], what a squared error in a channel is
+    rows: f32 [n, D], such as get quantized. energy: f64 [D], what a squared error in a channel is
     worth: the power of the queries for K, of the gradients for V. shape: of the format it is for.
     neutral: the plan that changes nothing. seed: of what a rotation is learned on.
     """
@@ -51,7 +51,8 @@ def _compose(head: HeadRows, centre: bool, balance: bool, rotation: str) -> Tens
         plan = replace(plan, scale=scale.float())
         inside = ((head.rows.double() - plan.shift.double()) / plan.scale.double()).float()
         matrix = principal_rotation(inside, head.shape.band_edges)
-        if rotation == "learned":
+        # Bands part the principal axes as well as they can be; descent found nothing better there.
+        if rotation == "learned" and len(head.shape.band_edges) == 2:
             matrix = learn_rotation(inside, matrix, head.shape, head.seed)
         return replace(plan, rotation="dense", dense=matrix[None])
     if len(head.shape.band_edges) > 2:
