@@ -68,7 +68,7 @@ class Subject {
 
   AppendArgs append_args(const Case& c, const std::vector<std::uint8_t>& rows, int count) const {
     const RowsView view{rows.data(), static_cast<std::int64_t>(c.heads) * c.head_dim, c.head_dim};
-    return {view_, view, view, {nullptr, count, 1}, clip_.data(), clip_.data()};
+    return {view_, view, view, {nullptr, count, 1}, {clip_.data()}, {clip_.data()}};
   }
   const CacheView& view() const { return view_; }
   void set_length(int kv_len) { kv_len_ = kv_len; }

@@ -38,7 +38,8 @@ class CacheTensors(NamedTuple):
     ring_k, ring_v: [batch, slots, num_kv_heads, head_dim], the last tokens; position p lies in slot p % slots.
         slots = window + 64 + rollback.
     kv_len: int32 [batch], cached tokens.
-    k_clip, v_clip: float32 [num_kv_heads, groups of K or V], share of a group's range that is kept.
+    k_clip, v_clip: float32 [num_kv_heads, groups of K or V], share of a group's range that is kept, or
+        [num_kv_heads, groups, choices], up to 8 of them: every token takes the one that errs least.
     exponents: int32 [num_kv_heads, 4], powers of two of (K scale, K zero, V scale, V zero).
     """
 
@@ -318,7 +319,8 @@ def quantize_pack(
         x: [tokens, channels], float32, float16 or bfloat16.
         group_start: int32 [groups + 1], first channel of each group, then the number of channels. Always on
             the CPU: it decides the sizes of the results.
-        clip: float32 [groups] in (0, 1], or None for 1.
+        clip: float32 [groups] in (0, 1], or [groups, choices], up to 8 ratios of which every token takes the one
+            that errs least, or None for 1.
         code: "8", "4", "3", "2", "1.5" (5 trits a byte) or "1.5fast" (trits in 2-bit fields).
         meta: "fp8" (E4M3) or "fp16", type of scale and zero.
         scale_exponent, zero_exponent: scale and zero are stored divided by 2 ** exponent.

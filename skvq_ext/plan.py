@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 ROTATIONS = ("none", "hadamard", "dense")
+MAX_CLIPS = 8  # ratios of one group
 DEFAULT_EXPONENTS = {"k": (-2, 0), "v": (-5, -4)}  # of scale and zero
 
 # Half the range, in standard deviations, of the best uniform quantizer of a normal variable whose
@@ -71,7 +72,8 @@ class TensorPlan:
     permutation: i32 [H, D], channel j inside the cache is the model's channel permutation[h, j].
     shift: f32 [H, D]. scale: f32 [H, D], permuted order, positive. rotation: one of ROTATIONS,
     "hadamard" is one block per band. dense: f32 [H, D, D], orthogonal, for "dense" only.
-    clip: f32 [H, groups] in (0, 1]. exponents: i32 [H, 2], of scale and zero.
+    clip: f32 [H, groups] in (0, 1], or [H, groups, choices], up to 8 ratios of which every token
+    takes the one that errs least when it is packed. exponents: i32 [H, 2], of scale and zero.
     """
 
     permutation: Tensor
@@ -322,6 +324,8 @@ def check_tensor(name: str, tensor: TensorPlan, num_kv_heads: int, shape: Tensor
         "exponents": ((num_kv_heads, 2), torch.int32),
         "dense": ((num_kv_heads, dim, dim), torch.float32),
     }
+    if tensor.clip.dim() == 3 and 1 <= tensor.clip.shape[2] <= MAX_CLIPS:
+        expected["clip"] = ((num_kv_heads, len(shape.groups), tensor.clip.shape[2]), torch.float32)
     for part, value in tensor.tensors().items():
         size, dtype = expected[part]
         if tuple(value.shape) != size or value.dtype != dtype:

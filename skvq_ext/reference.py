@@ -55,10 +55,32 @@ def quantize_group(
         x: [..., channels], any float dtype; the arithmetic is float32.
         code: name of the number format.
         meta: "fp8" or "fp16".
-        clip: share of the range that is kept, about the midpoint.
+        clip: share of the range that is kept, about the midpoint; where there are several, [choices], every
+            group takes the first that errs least.
         scale_exponent, zero_exponent: stored values are divided by 2 ** exponent.
     """
     x = x.float()
+    ratios = torch.as_tensor(clip, dtype=torch.float32).reshape(-1).tolist()
+    made = [_quantize(x, code, meta, ratio, scale_exponent, zero_exponent) for ratio in ratios]
+    best = made[0]
+    for other in made[1:]:
+        better = _errors(x, other) < _errors(x, best)
+        pairs = zip(vars(other).values(), vars(best).values(), strict=True)
+        best = Quantized(*(torch.where(better, new, old) for new, old in pairs))
+    return best
+
+
+def _errors(x: Tensor, found: Quantized) -> Tensor:
+    """Squared errors in whole parts of the group's range, int64 [..., 1]; 1023 parts are a range."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    parts = 511.5 / (0.5 * high - 0.5 * low)
+    off = ((x - found.dequantize()) * parts).abs().nan_to_num(0.0, posinf=1023.0).clamp(max=1023.0)
+    return off.round().long().square().sum(-1, keepdim=True)
+
+
+def _quantize(
+    x: Tensor, code: str, meta: str, clip: float, scale_exponent: int, zero_exponent: int
+) -> Quantized:
     top = float(_LEVELS[code] - 1)
     finite = x.isfinite().all(-1, keepdim=True)
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
@@ -84,7 +106,7 @@ def fake_quantize_side(
 
     Args:
         x: [tokens, num_kv_heads, head_dim].
-        clip: float32 [num_kv_heads, groups].
+        clip: float32 [num_kv_heads, groups] or [num_kv_heads, groups, choices].
         exponents: int32 [num_kv_heads, 4].
 
     Returns:
@@ -100,7 +122,7 @@ def fake_quantize_side(
                 x[:, head, first:stop],
                 code,
                 fmt.meta,
-                float(clip[head, g]),
+                clip[head, g],
                 scale_exponent,
                 zero_exponent,
             )

@@ -33,6 +33,7 @@ class Case:
     dtype: torch.dtype | None = None
     seed: int = 0
     clip: float = 0.95
+    choices: int = 1  # clip ratios of each group
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -48,6 +49,10 @@ class Case:
 
         groups = len(self.fmt.k_groups), len(self.fmt.v_groups)
         noise = [torch.linspace(0.0, 0.1, heads * g).reshape(heads, g) for g in groups]
+        clips = [self.clip - x for x in noise]
+        if self.choices > 1:
+            factors = torch.linspace(1.0, 0.6, self.choices)
+            clips = [(clip[..., None] * factors).contiguous() for clip in clips]
         on_cpu = ops.CacheTensors(
             pages=torch.full((pages + 3, heads, self.fmt.record_bytes), 0xFF, dtype=torch.uint8),
             page_table=order.to(torch.int32).reshape(batch, self.max_pages),
@@ -56,8 +61,8 @@ class Case:
             ring_k=rows(self.slots),
             ring_v=rows(self.slots),
             kv_len=torch.zeros(batch, dtype=torch.int32),
-            k_clip=self.clip - noise[0],
-            v_clip=self.clip - noise[1],
+            k_clip=clips[0],
+            v_clip=clips[1],
             exponents=torch.tensor([[-2, 0, -5, -4]] * heads, dtype=torch.int32),
         )
         self.cache = ops.CacheTensors(*(t.to(self.device.name) for t in on_cpu))

@@ -61,6 +61,27 @@ def test_one_prefill_equals_any_chunking_equals_single_appends(fmt, dtype, devic
     assert all(same_bytes(cases[0], other) for other in cases[1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fmt", [FORMAT, TWO_BANDS])
+def test_every_token_takes_the_clip_ratio_that_errs_least(fmt, dtype, device: Device):
+    case = Case(fmt, device, dtype=dtype, choices=3, num_kv_heads=2)
+    length = case.sinks + case.window + 2 * 64
+    k, v = case.rows(length), case.rows(length)
+    case.append(k, v)
+    expected = case.reference(k, v)
+    for read, rows in zip(
+        case.unpack(case.cache.page_table[0, :2]),
+        (expected.packed_k, expected.packed_v),
+        strict=True,
+    ):
+        tiles = read.transpose(1, 2).reshape(2 * 64, 2, -1)  # pages hold [head, token, channel]
+        assert torch.equal(tiles, rows[case.sinks : case.sinks + 128])
+    # The middle ratio alone gives other values: the search matters.
+    middle = Case(fmt, device, dtype=dtype, clip=0.95 * 0.8)
+    middle.append(k, v)
+    assert not torch.equal(middle.unpack(middle.cache.page_table[0, :2])[0], read)
+
+
 @pytest.mark.parametrize(
     "length", [0, 1, 4, 5, 6, 36, 37, 38, 100, 101, 102, 164, 165, 166, 257, 258, 259, 600]
 )

@@ -34,7 +34,7 @@ def test_equal_arguments_give_equal_bytes(tmp_path: Path) -> None:
     assert paths[0].read_bytes() == paths[1].read_bytes() != paths[2].read_bytes()
     plan = Plan.load(paths[0], Geometry.from_config(model.config), BUDGET)
     assert plan.scheme == BUDGET
-    assert plan.origin == "searched on 400 tokens in 2 segments, seed 0"
+    assert plan.origin == "searched on 400 tokens after lessons from 0, seed 0"
     plan.save(paths[3])
     assert paths[0].read_bytes() == paths[3].read_bytes()
 

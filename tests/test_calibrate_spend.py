@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
 
@@ -191,6 +192,15 @@ def test_heads_of_equal_formats_share_a_part() -> None:
     both = plan.parts[1].plan.k
     assert torch.equal(both.shift, torch.cat([tensors[0].shift, tensors[2].shift]))
     assert plan.parts[1].plan.v.rotation == "hadamard"
+
+
+def test_heads_with_fewer_clip_ratios_repeat_their_first() -> None:
+    one, other, third = random_tensors()
+    other = replace(other, clip=torch.tensor([[[0.5, 0.7, 0.9]] * 2]))
+    joined = join_heads([one, other, third]).clip
+    assert joined.shape == (3, 2, 3)
+    assert torch.equal(joined[0], torch.ones(2, 3)) and torch.equal(joined[1], other.clip[0])
+    assert join_heads([one, third]).clip.shape == (2, 2)
 
 
 def test_no_default_plan_without_formats() -> None:

@@ -52,7 +52,8 @@ def random_plan(geometry: Geometry = GEOMETRY, scheme: Scheme = SCHEME, seed: in
         )
         one.shift = torch.randn(heads, dim, generator=generator)
         one.scale = torch.rand(heads, dim, generator=generator) + 0.5
-        one.clip = torch.rand(one.clip.shape, generator=generator) / 2 + 0.5
+        several = (*one.clip.shape, 3) if rotation == "dense" else one.clip.shape
+        one.clip = torch.rand(several, generator=generator) / 2 + 0.5
         one.rotation = rotation
         if rotation == "dense":
             one.dense = torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator)).Q
@@ -146,6 +147,8 @@ def test_every_differing_field_is_named(tmp_path: Path) -> None:
         ("scale", torch.zeros(2, 64), "scale is not positive"),
         ("clip", torch.full((2, 2), 1.5), r"clip is outside \(0, 1\]"),
         ("clip", torch.ones(2, 3), r"need torch.float32 \[2, 2\]"),
+        ("clip", torch.ones(2, 2, 9), r"need torch.float32 \[2, 2\]"),
+        ("clip", torch.ones(2, 3, 2), r"need torch.float32 \[2, 2, 2\]"),
         ("shift", torch.zeros(3, 64), r"is torch.float32 \[3, 64\]; the model and scheme need"),
         ("shift", torch.zeros(2, 64).double(), "is torch.float64"),
         ("permutation", torch.zeros(2, 64, dtype=torch.int32), "permutation is not one"),

@@ -22,8 +22,8 @@ def starts(sizes: list[int]) -> torch.Tensor:
 
 def reference_rows(x, sizes, code, meta, clip, exponents=(0, 0)):
     parts, first = [], 0
-    for size, ratio in zip(sizes, clip, strict=True):
-        part = quantize_group(x[:, first : first + size], code, meta, float(ratio), *exponents)
+    for size, ratios in zip(sizes, clip, strict=True):
+        part = quantize_group(x[:, first : first + size], code, meta, ratios, *exponents)
         parts.append(part.dequantize())
         first += size
     return torch.cat(parts, dim=1)
@@ -32,14 +32,18 @@ def reference_rows(x, sizes, code, meta, clip, exponents=(0, 0)):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("meta", ["fp8", "fp16"])
 @pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("reorder", [False, True])
-def test_packed_rows_equal_the_reference_in_every_bit(code, meta, dtype, reorder, device: Device):
+@pytest.mark.parametrize(("reorder", "choices"), [(False, 1), (True, 1), (True, 3)])
+def test_packed_rows_equal_the_reference_in_every_bit(
+    code, meta, dtype, reorder, choices, device: Device
+):
     torch.manual_seed(1)
     x = torch.randn(5, sum(UNEVEN)) * torch.linspace(0.01, 3, sum(UNEVEN))
     if reorder:
         x = x[:, torch.randperm(x.shape[1])].contiguous()
     x = x.to(dtype)
     clip = torch.linspace(0.8, 1.0, len(UNEVEN))
+    if choices > 1:
+        clip = clip[:, None] * torch.tensor([0.9, 0.7, 1.0])
     exponents = {"scale_exponent": -3, "zero_exponent": -2}
     there = x.to(device.name), starts(UNEVEN), clip.to(device.name)
     codes, metas = ops.quantize_pack(*there, code=code, meta=meta, **exponents)
@@ -224,7 +228,16 @@ def test_formats_that_are_refused(arguments, message):
         ({"group_start": torch.tensor([0, 16])}, "group_start has dtype Long; expected Int"),
         (
             {"clip": torch.tensor([1.5])},
-            "clip of group 0 is 1.5; a clip ratio is above 0 and at most 1",
+            "clip holds 1.5; a clip ratio is above 0 and at most 1",
+        ),
+        (
+            {"clip": torch.ones(1, 9)},
+            r"clip has shape \[1, 9\]; expected \[1\], or a last dimension more of up to 8 ratios",
+        ),
+        ({"clip": torch.ones(1).double()}, "clip has dtype Double; expected Float"),
+        (
+            {"x": torch.zeros(1, 4097), "group_start": starts([4097]), "clip": torch.ones(1, 2)},
+            "group 0 has 4097 channels; several clip ratios need groups of at most 4096",
         ),
         ({"code": "7"}, 'number format "7" is unknown'),
         ({"meta": "fp4"}, 'type "fp4" is unknown'),

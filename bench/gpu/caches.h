@@ -121,8 +121,8 @@ class Caches {
             {k, row, case_.head_dim},
             {v, row, case_.head_dim},
             {nullptr, static_cast<std::int64_t>(tokens) * case_.batch, case_.batch},
-            clip_.as<float>(),
-            clip_.as<float>()};
+            {clip_.as<float>()},
+            {clip_.as<float>()}};
   }
 
   Case case_;

@@ -48,7 +48,7 @@ inline void check_quantize_rows(Findings& findings) {
         a.num_groups = 5;
         for (int g = 0; g < 5; ++g) a.row_bytes += group_row_bytes(code.code, starts[g + 1] - starts[g]);
         a.group_start = starts.data();
-        a.clip = clip.data();
+        a.clip = {clip.data()};
         a.code = code.code;
         a.meta_type = meta;
         a.exponents = {-2, -1};
@@ -63,7 +63,7 @@ inline void check_quantize_rows(Findings& findings) {
         cpu::dequantize_rows(a, kPool);
         d.x = device_x.bytes();
         d.group_start = device_starts.as<std::int32_t>();
-        d.clip = device_clip.as<float>();
+        d.clip = {device_clip.as<float>()};
         d.codes = device_codes.bytes();
         d.meta = device_metas.bytes();
         d.decoded = device_decoded.as<float>();

@@ -88,7 +88,7 @@ class Twin {
     }
     for (const Side side : kSides) {
       auto& clip = side == Side::kKey ? k_clip_ : v_clip_;
-      const int count = s.heads * v.format.side(side).num_groups();
+      const int count = s.heads * v.format.side(side).num_groups() * clip_choices();
       for (int i = 0; i < count; ++i) clip.push_back(1.0f - 0.1f * static_cast<float>(i % 3));
     }
     device_ = host_;
@@ -107,18 +107,19 @@ class Twin {
   Twin& operator=(const Twin&) = delete;
 
   const Shape& shape() const { return shape_; }
+  // Of a group: one dtype has several, so that every format meets both.
+  int clip_choices() const { return shape_.dtype == DType::kF16 ? 3 : 1; }
   const CacheView& host() const { return host_; }
   const CacheView& device() const { return device_; }
   const std::vector<std::int32_t>& lengths() const { return kv_len_; }
 
   AppendArgs host_append(const void* k, const void* v, const Ragged& tokens) const {
-    return {host_,       {k, shape_.row(), shape_.head_dim}, {v, shape_.row(), shape_.head_dim}, tokens, host_k_clip_,
-            host_v_clip_};
+    return {host_,  {k, shape_.row(), shape_.head_dim}, {v, shape_.row(), shape_.head_dim},
+            tokens, {host_k_clip_, clip_choices()},     {host_v_clip_, clip_choices()}};
   }
   AppendArgs device_append(const void* k, const void* v, const Ragged& tokens) const {
-    return {
-        device_,       {k, shape_.row(), shape_.head_dim}, {v, shape_.row(), shape_.head_dim}, tokens, device_k_clip_,
-        device_v_clip_};
+    return {device_, {k, shape_.row(), shape_.head_dim}, {v, shape_.row(), shape_.head_dim},
+            tokens,  {device_k_clip_, clip_choices()},   {device_v_clip_, clip_choices()}};
   }
 
   // The host's bytes on the device, whatever was there.

@@ -58,4 +58,20 @@ SKVQ_FN int quantize(float x, const GroupQuantizer& g, int levels) {
   return static_cast<int>(quantize_bits(x, g, levels) & 0x1ffu);
 }
 
+// Errors are counted in whole parts of a group's range: sums then do not depend on their order, and every backend
+// finds the same clip ratio best. The parts are few enough for groups of 4096 channels.
+inline constexpr float kErrorParts = 1023.0f;
+inline constexpr int kMaxSearchedChannels = 4096;
+
+// Parts per unit of x; infinite for a group without a range, which all ratios fit equally.
+SKVQ_FN float error_parts(float low, float high) {
+  return 0.5f * kErrorParts / (0.5f * high - 0.5f * low);
+}
+SKVQ_FN std::uint32_t squared_error(float x, const GroupQuantizer& g, int levels, float parts) {
+  const float back = static_cast<float>(quantize(x, g, levels)) * g.scale + g.zero;
+  const float off = bits_float(float_bits((x - back) * parts) & 0x7fffffffu);
+  const std::uint32_t whole = float_bits(clamp(off, kErrorParts) + 12582912.0f) & 0x3ffu;
+  return whole * whole;
+}
+
 }  // namespace skvq

@@ -1,6 +1,8 @@
 // Append: pack the tiles that are complete now, then copy the new rows into sinks and ring.
 #pragma once
 
+#include <algorithm>
+
 #include "core/quantize.h"
 #include "core/window.h"
 #include "cpu/tile.h"
@@ -36,8 +38,11 @@ struct RowSource {
 struct Strip {
   float x[kMaxHeadDim / 16][16][16];  // [block of channels][field][lane]
   float low[16], high[16], nan[16];   // of every token; nan is 0 where all is finite
-  float zero[16], inverse[16];
+  float clip[16];
+  float zero[16], scale[16], inverse[16];
   std::uint16_t scale_bits[16], zero_bits[16];
+
+  GroupQuantizer quantizer(int token) const { return {zero[token], scale[token], inverse[token], 0, 0}; }
 
   void set_extent(int token, const Extent& e) {
     store(low + token, e.low);
@@ -91,10 +96,12 @@ void load_channels_as_lanes(const void* const* rows, int channel, int channels, 
 
 // Of every token; compilers make vector instructions of the loop.
 template <Meta M>
-void make_quantizers(float clip, int levels, Exponents exponents, Strip& s) {
+void make_quantizers(int levels, Exponents exponents, Strip& s) {
   for (int t = 0; t < 16; ++t) {
-    const GroupQuantizer g = make_group_quantizer(s.low[t], s.high[t], s.nan[t] == 0.0f, clip, levels, M, exponents);
+    const GroupQuantizer g =
+        make_group_quantizer(s.low[t], s.high[t], s.nan[t] == 0.0f, s.clip[t], levels, M, exponents);
     s.zero[t] = g.zero;
+    s.scale[t] = g.scale;
     s.inverse[t] = g.inverse;
     s.scale_bits[t] = g.scale_bits;
     s.zero_bits[t] = g.zero_bits;
@@ -108,17 +115,51 @@ void quantize_block(const Strip& s, int block, int levels, Block& codes) {
 #pragma GCC unroll 1
     for (int lane = 0; lane < 16; ++lane) {
       const int token = TokensAsLanes ? lane : f;
-      const GroupQuantizer g{s.zero[token], 0.0f, s.inverse[token], 0, 0};
-      codes.field[f][lane] = static_cast<std::uint32_t>(quantize(s.x[block][f][lane], g, levels));
+      codes.field[f][lane] = static_cast<std::uint32_t>(quantize(s.x[block][f][lane], s.quantizer(token), levels));
     }
   }
+}
+
+// What every token of a block errs with its quantizer, added to `sums`.
+template <bool TokensAsLanes>
+void add_errors(const Strip& s, int block, int levels, const float* parts, std::uint32_t* sums) {
+  for (int f = 0; f < 16; ++f) {
+#pragma GCC unroll 1
+    for (int lane = 0; lane < 16; ++lane) {
+      const int token = TokensAsLanes ? lane : f;
+      sums[token] += squared_error(s.x[block][f][lane], s.quantizer(token), levels, parts[token]);
+    }
+  }
+}
+
+// Sets the clip ratio of every token: the only one, or the first that errs least.
+template <Meta M, bool TokensAsLanes>
+void choose_clips(const float* choices, int count, int blocks, int levels, Exponents exponents, Strip& s) {
+  std::fill_n(s.clip, 16, choices[0]);
+  if (count == 1) return;
+  float parts[16], best[16];
+  std::uint32_t least[16];
+  for (int t = 0; t < 16; ++t) parts[t] = error_parts(s.low[t], s.high[t]);
+  for (int c = 0; c < count; ++c) {
+    std::fill_n(s.clip, 16, choices[c]);
+    make_quantizers<M>(levels, exponents, s);
+    std::uint32_t errors[16] = {};
+    for (int block = 0; block < blocks; ++block) add_errors<TokensAsLanes>(s, block, levels, parts, errors);
+    for (int t = 0; t < 16; ++t) {
+      const bool better = c == 0 || errors[t] < least[t];
+      least[t] = better ? errors[t] : least[t];
+      best[t] = better ? choices[c] : best[t];
+    }
+  }
+  std::copy_n(best, 16, s.clip);
 }
 
 // What the groups of one side of a tile have in common.
 struct SideSource {
   const void* rows[kTileTokens];
   DType dtype;
-  const float* clip;  // of each group
+  ClipTable clip;
+  int head;
   Exponents exponents;
 };
 
@@ -135,8 +176,13 @@ void pack_strip(const RecordFormat& format, Side side, const SideSource& source,
     const auto load = tokens ? load_tokens_as_lanes<D> : load_channels_as_lanes<D>;
     load(source.rows + tb * 16, group.begin, channels, strip);
   });
-  const auto make = format.meta == Meta::kE4m3 ? make_quantizers<Meta::kE4m3> : make_quantizers<Meta::kFp16>;
-  make(source.clip[g], levels, source.exponents, strip);
+  const float* choices = source.clip.of(source.head, groups, g);
+  const auto make = [&]<Meta M>() {
+    const auto choose = tokens ? choose_clips<M, true> : choose_clips<M, false>;
+    choose(choices, source.clip.choices, channels / 16, levels, source.exponents, strip);
+    make_quantizers<M>(levels, source.exponents, strip);
+  };
+  format.meta == Meta::kE4m3 ? make.template operator()<Meta::kE4m3>() : make.template operator()<Meta::kFp16>();
   std::uint8_t* meta = record + format.meta_offset(side);
   for (int t = 0; t < 16; ++t) {
     store_meta(format.meta, meta, Arrangement::meta(groups, tb * 16 + t, g, 0), strip.scale_bits[t]);
@@ -163,8 +209,7 @@ inline void flush_tile(const AppendArgs& a, int sequence, int head, int tile) {
   const CacheView& c = a.cache;
   std::uint8_t* record = c.record(sequence, tile, head);
   for (const Side side : kSides) {
-    const float* clip = side == Side::kKey ? a.k_clip : a.v_clip;
-    SideSource source{{}, c.dtype, clip + head * c.format.side(side).num_groups(), c.exponents_of(side, head)};
+    SideSource source{{}, c.dtype, a.clip_of(side), head, c.exponents_of(side, head)};
     const RowSource rows(a, side, sequence, head);
     for (int t = 0; t < kTileTokens; ++t) source.rows[t] = rows.at(c.num_sinks + tile * kTileTokens + t);
     visit_arrangement(c.format.arrangement, [&]<class A>() { pack_side<A>(c.format, side, source, record); });

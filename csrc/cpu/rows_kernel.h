@@ -8,6 +8,35 @@
 namespace skvq::cpu {
 inline namespace SKVQ_ISA {
 
+// With the first of the clip ratios that errs least. Args: x, of the channels 0 to n - 1 of the group.
+template <class X>
+GroupQuantizer fit_group(const QuantizeRowsArgs& a, const X& x, int group, int n) {
+  const int levels = traits(a.code).levels;
+  float low = x(0), high = low, nan = 0.0f;
+  for (int i = 0; i < n; ++i) {
+    low = x(i) < low ? x(i) : low;
+    high = x(i) > high ? x(i) : high;
+    nan += x(i) * 0.0f;
+  }
+  const auto make = [&](float clip) {
+    return make_group_quantizer(low, high, nan == 0.0f, clip, levels, a.meta_type, a.exponents);
+  };
+  if (a.clip.ratios == nullptr) return make(1.0f);
+  const float* choices = a.clip.of(0, a.num_groups, group);
+  GroupQuantizer best = make(choices[0]);
+  std::uint32_t least = 0;
+  const float parts = error_parts(low, high);
+  for (int c = 0; c < a.clip.choices && a.clip.choices > 1; ++c) {
+    const GroupQuantizer q = make(choices[c]);
+    std::uint32_t error = 0;
+    for (int i = 0; i < n; ++i) error += squared_error(x(i), q, levels, parts);
+    if (c > 0 && error >= least) continue;
+    best = q;
+    least = error;
+  }
+  return best;
+}
+
 inline void quantize_rows_range(const QuantizeRowsArgs& a, std::int64_t begin, std::int64_t end) {
   const int levels = traits(a.code).levels;
   for (std::int64_t row = begin; row < end; ++row) {
@@ -16,14 +45,7 @@ inline void quantize_rows_range(const QuantizeRowsArgs& a, std::int64_t begin, s
     for (int g = 0; g < a.num_groups; ++g) {
       const int first = a.group_start[g], n = a.group_start[g + 1] - first;
       const auto x = [&](int i) { return load_float(a.dtype, a.x, row * a.num_channels + first + i); };
-      float low = x(0), high = low, nan = 0.0f;
-      for (int i = 0; i < n; ++i) {
-        low = x(i) < low ? x(i) : low;
-        high = x(i) > high ? x(i) : high;
-        nan += x(i) * 0.0f;
-      }
-      const float clip = a.clip ? a.clip[g] : 1.0f;
-      const GroupQuantizer q = make_group_quantizer(low, high, nan == 0.0f, clip, levels, a.meta_type, a.exponents);
+      const GroupQuantizer q = fit_group(a, x, g, n);
       store_meta(a.meta_type, a.meta, (row * a.num_groups + g) * 2, q.scale_bits);
       store_meta(a.meta_type, a.meta, (row * a.num_groups + g) * 2 + 1, q.zero_bits);
       for (int i = 0; i < n; ++i) {

@@ -87,7 +87,7 @@ SKVQ_DEVICE void store_new_rows(const AppendParams& p, const Growth& g, int sequ
 // ---- Kernels ----
 
 // A block for each sequence does everything.
-template <DType D>
+template <DType D, bool kSearching>
 __global__ void __launch_bounds__(kStoreThreads, 1) append_few(const __grid_constant__ AppendParams p) {
   SKVQ_DYNAMIC_SHARED(shared);
   const int sequence = static_cast<int>(blockIdx.x), warp = warp_index();
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kStoreThreads, 1) append_few(const __grid_cons
     const PackScratch scratch(shared + warp * p.scratch_bytes, p.deal);
     for (int i = warp; i < tasks; i += p.pack_warps) {
       const TileSlot slot{sequence, g.first_tile + i / sides, g.old_len, g.input};
-      pack_tile<D>(p, slot, i % sides / 2, i % 2 == 0 ? Side::kKey : Side::kValue, scratch);
+      pack_tile<D, kSearching>(p, slot, i % sides / 2, i % 2 == 0 ? Side::kKey : Side::kValue, scratch);
     }
   }
   __syncthreads();
@@ -128,7 +128,7 @@ SKVQ_DEVICE TileSlot find_slot(const AppendArgs& a, int slot) {
 
 // A warp for one side of one head of one complete tile; the heads of a tile, neighbours in memory, go to adjacent
 // blocks.
-template <DType D>
+template <DType D, bool kSearching>
 __global__ void __launch_bounds__(kPackThreads, 3) pack_tiles(const __grid_constant__ AppendParams p) {
   SKVQ_DYNAMIC_SHARED(shared);
   const int sides = 2 * p.args.cache.num_kv_heads, parts = (sides + p.pack_warps - 1) / p.pack_warps;
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(kPackThreads, 3) pack_tiles(const __grid_const
   if (side >= sides) return;
   const TileSlot slot = find_slot(p.args, index / parts);
   if (slot.sequence < 0) return;
-  pack_tile<D>(p, slot, side / 2, side % 2 == 0 ? Side::kKey : Side::kValue,
-               PackScratch(shared + warp_index() * p.scratch_bytes, p.deal));
+  pack_tile<D, kSearching>(p, slot, side / 2, side % 2 == 0 ? Side::kKey : Side::kValue,
+                           PackScratch(shared + warp_index() * p.scratch_bytes, p.deal));
 }
 
 // Blocks (sequences, parts). Where one block stores all rows of a sequence it also advances kv_len.
@@ -188,19 +188,21 @@ bool rows_are_vectors(const AppendArgs& a) {
   return vectors;
 }
 
-template <DType D>
+template <DType D, bool kSearching>
 void launch_few(AppendParams p, Stream stream) {
   p.pack_warps = min_int(kStoreThreads / kWarp, kMaxScratchBytes / p.scratch_bytes);
-  launch("append_few", append_few<D>, {p.args.cache.batch}, kStoreThreads, p.pack_warps * p.scratch_bytes, stream, p);
+  launch("append_few", append_few<D, kSearching>, {p.args.cache.batch}, kStoreThreads, p.pack_warps * p.scratch_bytes,
+         stream, p);
 }
 
-template <DType D>
+template <DType D, bool kSearching>
 void launch_pack(AppendParams p, Stream stream) {
   const CacheView& c = p.args.cache;
   p.pack_warps = min_int(kPackThreads / kWarp, kMaxScratchBytes / p.scratch_bytes);
   const std::int64_t slots = p.args.tokens.num_tokens / kTileTokens + c.batch;
   const std::int64_t parts = (2 * c.num_kv_heads + p.pack_warps - 1) / p.pack_warps;
-  launch("pack_tiles", pack_tiles<D>, {slots * parts}, p.pack_warps * kWarp, p.pack_warps * p.scratch_bytes, stream, p);
+  launch("pack_tiles", pack_tiles<D, kSearching>, {slots * parts}, p.pack_warps * kWarp, p.pack_warps * p.scratch_bytes,
+         stream, p);
 }
 
 void launch_store(const AppendParams& p, Stream stream) {
@@ -218,12 +220,12 @@ void launch_store(const AppendParams& p, Stream stream) {
          p.args);
 }
 
-template <DType D>
+template <DType D, bool kSearching>
 void append_rows(AppendParams p, Stream stream) {
   p.deal = OctetDeal::of(p.args.cache.head_dim, kPasses<D>);
-  p.scratch_bytes = PackScratch::bytes(p.deal);
-  if (p.args.tokens.num_tokens <= kFewTokens) return launch_few<D>(p, stream);
-  launch_pack<D>(p, stream);
+  p.scratch_bytes = PackScratch::bytes(p.deal, kSearching);
+  if (p.args.tokens.num_tokens <= kFewTokens) return launch_few<D, kSearching>(p, stream);
+  launch_pack<D, kSearching>(p, stream);
   launch_store(p, stream);
 }
 
@@ -239,13 +241,14 @@ void append(const AppendArgs& args, Stream stream) {
   for (const Side side : kSides) p.sides[static_cast<int>(side)] = packed_side(c.format, side);
   p.record_bytes = c.format.record_bytes();
   p.vectors = rows_are_vectors(args);
+  const bool searching = args.k_clip.choices > 1 || args.v_clip.choices > 1;
   switch (c.dtype) {
     case DType::kF32:
-      return append_rows<DType::kF32>(p, stream);
+      return (searching ? append_rows<DType::kF32, true> : append_rows<DType::kF32, false>)(p, stream);
     case DType::kF16:
-      return append_rows<DType::kF16>(p, stream);
+      return (searching ? append_rows<DType::kF16, true> : append_rows<DType::kF16, false>)(p, stream);
     case DType::kBf16:
-      return append_rows<DType::kBf16>(p, stream);
+      return (searching ? append_rows<DType::kBf16, true> : append_rows<DType::kBf16, false>)(p, stream);
   }
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "core/quantize.h"
+#include "cuda/clip_search.cuh"
 #include "cuda/code_stage.cuh"
 #include "cuda/octet.cuh"
 
@@ -32,6 +33,7 @@ struct PackScratch {
   OctetTask* octets;           // [octets of a row]
   Extremes* extremes;          // [tokens of a chunk][stride]; at a group's first octet later {zero, 1 / scale}
   unsigned char* codes;        // [matrix_bytes_of(head_dim)]
+  GroupSearch* searches;       // [tokens of a chunk][octets / 2], by a group's first octet; where ratios are chosen
 
   static constexpr int kRowsBytes = kTileTokens * sizeof(unsigned char*);
   static constexpr int kGroupsBytes = (kMaxGroups * sizeof(GroupTask) + 15) / 16 * 16;
@@ -42,9 +44,13 @@ struct PackScratch {
   SKVQ_FN static constexpr int extremes_bytes(const OctetDeal& deal) {
     return deal.chunk_tokens * deal.stride * static_cast<int>(sizeof(Extremes));
   }
-  SKVQ_FN static constexpr int bytes(const OctetDeal& deal) {
+  SKVQ_FN static constexpr int bytes_without_search(const OctetDeal& deal) {
     return kRowsBytes + kGroupsBytes + octets_bytes(deal) + extremes_bytes(deal) +
            matrix_bytes_of(deal.octets * kOctet);
+  }
+  SKVQ_FN static constexpr int bytes(const OctetDeal& deal, bool searching) {
+    const int searches = searching ? deal.chunk_tokens * deal.octets / 2 : 0;
+    return bytes_without_search(deal) + searches * static_cast<int>(sizeof(GroupSearch));
   }
 
   SKVQ_DEVICE PackScratch(unsigned char* memory, const OctetDeal& deal)
@@ -52,7 +58,12 @@ struct PackScratch {
         groups(reinterpret_cast<GroupTask*>(memory + kRowsBytes)),
         octets(reinterpret_cast<OctetTask*>(memory + kRowsBytes + kGroupsBytes)),
         extremes(reinterpret_cast<Extremes*>(memory + kRowsBytes + kGroupsBytes + octets_bytes(deal))),
-        codes(memory + bytes(deal) - matrix_bytes_of(deal.octets * kOctet)) {}
+        codes(memory + bytes_without_search(deal) - matrix_bytes_of(deal.octets * kOctet)),
+        searches(reinterpret_cast<GroupSearch*>(memory + bytes_without_search(deal))) {}
+
+  SKVQ_DEVICE GroupSearch& search(const OctetDeal& deal, int token, int first_octet) const {
+    return searches[(token * deal.octets + first_octet) / 2];
+  }
 };
 
 struct TileSlot {
@@ -85,9 +96,8 @@ SKVQ_DEVICE void prepare(const AppendParams& p, const PackTask& t, const PackScr
   const PackedSide& side = p.sides[static_cast<int>(t.side)];
   if (lane < side.num_groups) {
     const Group g = c.format.side(t.side).group_at(lane);
-    const float* clip = (t.side == Side::kKey ? a.k_clip : a.v_clip) + t.head * side.num_groups;
     s.groups[lane] = {static_cast<std::int16_t>(g.begin / kOctet), static_cast<std::int16_t>(g.end / kOctet),
-                      side.bands[g.band].levels, clip[lane]};
+                      side.bands[g.band].levels, *a.clip_of(t.side).of(t.head, side.num_groups, lane)};
   }
   for (int i = lane; i < kTileTokens; i += kWarp) {
     const int position = c.num_sinks + t.tile * kTileTokens + i;
@@ -123,31 +133,59 @@ SKVQ_DEVICE Range range_of_group(const GroupTask& group, const Extremes* of_toke
   return range_of<D>(e);
 }
 
-// Those of the chunk that starts at token `first`, each by one lane: this one starts at token `token` of group `g`.
-template <DType D>
-SKVQ_DEVICE void make_quantizers(const AppendParams& p, const PackTask& t, const PackScratch& s, Exponents exponents,
-                                 int first, int g, int token) {
-  const Meta meta = p.args.cache.format.meta;
-  const PackedSide& side = p.sides[static_cast<int>(t.side)];
-  while (g < side.num_groups) {
-    if (first + token < kTileTokens) {
-      const GroupTask group = s.groups[g];
-      Extremes* of_token = s.extremes + token * p.deal.stride;
-      const Range r = range_of_group<D>(group, of_token);
-      const auto make = [&](Meta type) {
-        return make_group_quantizer(r.low, r.high, r.finite, group.clip, group.levels, type, exponents);
-      };
-      const GroupQuantizer q = meta == Meta::kE4m3 ? make(Meta::kE4m3) : make(Meta::kFp16);
-      of_token[group.first] = {float_bits(q.zero), float_bits(q.inverse)};
-      store_group_meta(meta, t.record + side.meta_offset, side.num_groups, first + token, g, q);
-    }
-    g += p.deal.more_groups;
-    token += p.deal.more_tokens;
-    if (token >= p.deal.chunk_tokens) {
-      token -= p.deal.chunk_tokens;
-      ++g;
+// Those of a chunk, dealt to the lanes: this one starts at token `token` of group `group`.
+struct QuantizerDeal {
+  int group, token;
+  Exponents exponents;
+};
+
+// Visits the groups and tokens of a lane in the chunk that starts at token `first`.
+template <class F>
+SKVQ_DEVICE void each_quantizer(const AppendParams& p, int num_groups, QuantizerDeal lane, int first, F&& visit) {
+  while (lane.group < num_groups) {
+    if (first + lane.token < kTileTokens) visit(lane.group, lane.token);
+    lane.group += p.deal.more_groups;
+    lane.token += p.deal.more_tokens;
+    if (lane.token >= p.deal.chunk_tokens) {
+      lane.token -= p.deal.chunk_tokens;
+      ++lane.group;
     }
   }
+}
+
+// Puts it where the lanes that quantize find it.
+SKVQ_DEVICE GroupQuantizer place_quantizer(const GroupTask& group, const Range& r, float clip, Meta meta,
+                                           Exponents exponents, Extremes* of_token) {
+  const auto make = [&](Meta type) {
+    return make_group_quantizer(r.low, r.high, r.finite, clip, group.levels, type, exponents);
+  };
+  const GroupQuantizer q = meta == Meta::kE4m3 ? make(Meta::kE4m3) : make(Meta::kFp16);
+  of_token[group.first] = {float_bits(q.zero), float_bits(q.inverse)};
+  return q;
+}
+
+// Quantizers of a chunk with one clip ratio per group, or with those that the search has found.
+template <DType D, bool kSearching>
+SKVQ_DEVICE void make_quantizers(const AppendParams& p, const PackTask& t, const PackScratch& s,
+                                 const QuantizerDeal& lane, int first) {
+  const Meta meta = p.args.cache.format.meta;
+  const PackedSide& side = p.sides[static_cast<int>(t.side)];
+  const bool searched = kSearching && p.args.clip_of(t.side).choices > 1;
+  each_quantizer(p, side.num_groups, lane, first, [&](int g, int token) {
+    const GroupTask group = s.groups[g];
+    Extremes* of_token = s.extremes + token * p.deal.stride;
+    Range r;
+    float clip = group.clip;
+    if (searched) {
+      const GroupSearch& found = s.search(p.deal, token, group.first);
+      r = found.range;
+      clip = found.clip;
+    } else {
+      r = range_of_group<D>(group, of_token);
+    }
+    const GroupQuantizer q = place_quantizer(group, r, clip, meta, lane.exponents, of_token);
+    store_group_meta(meta, t.record + side.meta_offset, side.num_groups, first + token, g, q);
+  });
 }
 
 // ---- Codes ----
@@ -213,6 +251,17 @@ struct ChunkLane {
       e[deal.stride] = extremes_of(x[pass][1]);
     });
   }
+  SKVQ_DEVICE void add_errors(const PackScratch& s, const Octet<D> (&x)[kPasses<D>][2]) const {
+    const Extremes* of_lane = s.extremes + token * deal.stride;
+    unroll<kPasses<D>>([&](auto pass) {
+      if (!has_work(pass)) return;
+      const OctetTask task = s.octets[octet_of(pass)];
+      const int of_chunk = token + deal.token_steps.at(pass);
+      const Extremes* quantizers = of_lane + deal.token_steps.at(pass) * deal.stride + task.group;
+      add_octet_error(x[pass][0], quantizers[0], task.levels, s.search(deal, of_chunk, task.group));
+      add_octet_error(x[pass][1], quantizers[deal.stride], task.levels, s.search(deal, of_chunk + 1, task.group));
+    });
+  }
   SKVQ_DEVICE void stage_codes(const PackScratch& s, const Octet<D> (&x)[kPasses<D>][2]) const {
     const Extremes* of_lane = s.extremes + token * deal.stride;
     unroll<kPasses<D>>([&](auto pass) {
@@ -229,15 +278,44 @@ struct ChunkLane {
   }
 };
 
+// Leaves in `searches`, for every group and token of a chunk, the first of the clip ratios that errs least.
 template <DType D>
+SKVQ_DEVICE void search_clips(const AppendParams& p, const PackTask& t, const PackScratch& s, const QuantizerDeal& lane,
+                              const ChunkLane<D>& work, const Octet<D> (&x)[kPasses<D>][2]) {
+  const Meta meta = p.args.cache.format.meta;
+  const ClipTable& clip = p.args.clip_of(t.side);
+  const int num_groups = p.sides[static_cast<int>(t.side)].num_groups;
+  for (int c = 0; c <= clip.choices; ++c) {
+    each_quantizer(p, num_groups, lane, work.first, [&](int g, int token) {
+      const GroupTask group = s.groups[g];
+      const float* choices = clip.of(t.head, num_groups, g);
+      Extremes* of_token = s.extremes + token * p.deal.stride;
+      GroupSearch& search = s.search(p.deal, token, group.first);
+      if (c == 0) {
+        search.start(range_of_group<D>(group, of_token));
+      } else {
+        search.settle(choices[c - 1]);
+      }
+      if (c == clip.choices) return;
+      search.scale = place_quantizer(group, search.range, choices[c], meta, lane.exponents, of_token).scale;
+      search.error = 0;
+    });
+    __syncwarp();
+    if (c == clip.choices) return;
+    work.add_errors(s, x);
+    __syncwarp();
+  }
+}
+
+template <DType D, bool kSearching>
 SKVQ_DEVICE void quantize_tile(const AppendParams& p, const PackTask& t, const PackScratch& s) {
   const OctetDeal& deal = p.deal;
   const unsigned lane = static_cast<unsigned>(lane_index());
   const int pair = static_cast<int>(lane / static_cast<unsigned>(deal.octets));
   const int octet = static_cast<int>(lane % static_cast<unsigned>(deal.octets));
-  const int group = static_cast<int>(lane / static_cast<unsigned>(deal.chunk_tokens));
-  const int token = static_cast<int>(lane % static_cast<unsigned>(deal.chunk_tokens));
-  const Exponents exponents = p.args.cache.exponents_of(t.side, t.head);
+  const QuantizerDeal quantizers{static_cast<int>(lane / static_cast<unsigned>(deal.chunk_tokens)),
+                                 static_cast<int>(lane % static_cast<unsigned>(deal.chunk_tokens)),
+                                 p.args.cache.exponents_of(t.side, t.head)};
   for (int first = 0; first < kTileTokens; first += deal.chunk_tokens) {
     const ChunkLane<D> work{deal, first, 2 * pair, octet, pair < deal.pairs};
     Octet<D> x[kPasses<D>][2];
@@ -248,7 +326,10 @@ SKVQ_DEVICE void quantize_tile(const AppendParams& p, const PackTask& t, const P
     }
     work.find_extremes(s, x);
     __syncwarp();
-    make_quantizers<D>(p, t, s, exponents, first, group, token);
+    if constexpr (kSearching) {
+      if (p.args.clip_of(t.side).choices > 1) search_clips<D>(p, t, s, quantizers, work, x);
+    }
+    make_quantizers<D, kSearching>(p, t, s, quantizers, first);
     __syncwarp();
     work.stage_codes(s, x);
     __syncwarp();
@@ -276,8 +357,9 @@ SKVQ_DEVICE void pack_codes(const AppendParams& p, const PackTask& t, const Pack
 }
 
 // By all lanes of a warp. A tile without a page is left alone: the host cannot look at a page table on the device
-// without waiting for it, so a table that is too short or holds -1 here loses the tile's tokens.
-template <DType D>
+// without waiting for it, so a table that is too short or holds -1 here loses the tile's tokens. Where no side has
+// several clip ratios, code without the search needs a fifth fewer registers.
+template <DType D, bool kSearching>
 SKVQ_DEVICE void pack_tile(const AppendParams& p, const TileSlot& slot, int head, Side side, const PackScratch& s) {
   const CacheView& c = p.args.cache;
   if (slot.tile >= c.max_pages) return;
@@ -285,7 +367,7 @@ SKVQ_DEVICE void pack_tile(const AppendParams& p, const TileSlot& slot, int head
   if (page < 0 || page >= c.num_pages) return;
   const PackTask task{slot, head, side, c.pages + (page * c.num_kv_heads + head) * p.record_bytes};
   prepare(p, task, s);
-  quantize_tile<D>(p, task, s);
+  quantize_tile<D, kSearching>(p, task, s);
   pack_codes(p, task, s);
 }
 

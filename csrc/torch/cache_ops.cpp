@@ -46,16 +46,6 @@ void check_pages_to_read(const DecodeArgs& a) {
   }
 }
 
-const float* clip_data(const Tensor& clip, const char* name, int heads, const TensorFormat& format,
-                       const Place& place) {
-  check_tensor(clip, name, ScalarType::Float, {heads, format.num_groups()}, place);
-  const float* data = clip.const_data_ptr<float>();
-  for (std::int64_t i = 0; place.on_cpu && i < clip.numel(); ++i) {
-    SKVQ_CHECK(data[i] > 0.0f && data[i] <= 1.0f, name, " holds ", data[i], "; a clip ratio is above 0 and at most 1");
-  }
-  return data;
-}
-
 }  // namespace
 
 void append(const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens, Tensor pages, const Tensor& page_table,
@@ -74,8 +64,8 @@ void append(const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens, 
   a.k = make_rows(k, "k", place);
   a.v = make_rows(v, "v", place);
   a.tokens = make_ragged(cu_seqlens, "cu_seqlens", k.size(0), a.cache.batch, place);
-  a.k_clip = clip_data(k_clip, "k_clip", a.cache.num_kv_heads, a.cache.format.k, place);
-  a.v_clip = clip_data(v_clip, "v_clip", a.cache.num_kv_heads, a.cache.format.v, place);
+  a.k_clip = clip_table(k_clip, "k_clip", {a.cache.num_kv_heads, a.cache.format.k.num_groups()}, place);
+  a.v_clip = clip_table(v_clip, "v_clip", {a.cache.num_kv_heads, a.cache.format.v.num_groups()}, place);
   if (place.on_cpu) check_pages_to_write(a);
   place.backend->append(a, place);
 }

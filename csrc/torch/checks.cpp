@@ -104,6 +104,26 @@ void check_tensor(const Tensor& t, const char* name, ScalarType dtype, std::init
   check_contiguous(t, name, place);
 }
 
+ClipTable clip_table(const Tensor& clip, const char* name, std::initializer_list<std::int64_t> shape,
+                     const Place& place) {
+  constexpr std::int64_t kMaxChoices = 8;
+  const std::int64_t dims = static_cast<std::int64_t>(shape.size());
+  const std::int64_t choices = clip.dim() == dims + 1 ? clip.size(dims) : 1;
+  bool same = clip.dim() == dims || clip.dim() == dims + 1;
+  for (std::int64_t i = 0; i < dims; ++i) same = same && clip.size(i) == shape.begin()[i];
+  SKVQ_CHECK(same && choices >= 1 && choices <= kMaxChoices, name, " has shape ", shape_of(clip), "; expected ",
+             shape_text(shape), ", or a last dimension more of up to ", kMaxChoices,
+             " ratios that every token takes the best of");
+  SKVQ_CHECK(clip.scalar_type() == ScalarType::Float, name, " has dtype ", dtype_name(clip), "; expected ",
+             torch::headeronly::toString(ScalarType::Float));
+  check_contiguous(clip, name, place);
+  const float* data = clip.const_data_ptr<float>();
+  for (std::int64_t i = 0; place.on_cpu && i < clip.numel(); ++i) {
+    SKVQ_CHECK(data[i] > 0.0f && data[i] <= 1.0f, name, " holds ", data[i], "; a clip ratio is above 0 and at most 1");
+  }
+  return {data, static_cast<int>(choices)};
+}
+
 void check_alignment(const Tensor& t, const char* name, const Place& place) {
   const int alignment = place.backend->alignment;
   const auto address = reinterpret_cast<std::uintptr_t>(t.const_data_ptr());

@@ -47,6 +47,9 @@ void check_shape(const Tensor& t, const char* name, std::initializer_list<std::i
 void check_contiguous(const Tensor& t, const char* name, const Place& place);
 void check_tensor(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<std::int64_t> shape,
                   const Place& place);
+// Clip ratios [*shape] or [*shape, choices].
+ClipTable clip_table(const Tensor& clip, const char* name, std::initializer_list<std::int64_t> shape,
+                     const Place& place);
 // The address of pages or rows, for kernels that load many bytes at once.
 void check_alignment(const Tensor& t, const char* name, const Place& place);
 

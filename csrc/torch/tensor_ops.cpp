@@ -3,6 +3,8 @@
 
 #include <vector>
 
+#include "core/quantize.h"
+
 namespace skvq::ops {
 namespace {
 
@@ -32,6 +34,16 @@ int check_groups(const Tensor& group_start, std::int64_t channels, Code code) {
   SKVQ_CHECK(start[0] == 0 && (channels < 0 || start[groups] == channels), "group_start runs from ", start[0], " to ",
              start[groups], "; expected 0 to ", channels, ", the number of channels");
   return bytes;
+}
+
+// Errors of one group are counted in 32 bits.
+void check_searched(const Tensor& group_start) {
+  const std::int32_t* start = group_start.const_data_ptr<std::int32_t>();
+  for (std::int64_t g = 0; g + 1 < group_start.size(0); ++g) {
+    const int channels = start[g + 1] - start[g];
+    SKVQ_CHECK(channels <= kMaxSearchedChannels, "group ", g, " has ", channels,
+               " channels; several clip ratios need groups of at most ", kMaxSearchedChannels);
+  }
 }
 
 // The checked group starts where the kernels of `x` can read them.
@@ -89,12 +101,8 @@ std::tuple<Tensor, Tensor> quantize_pack(const Tensor& x, const Tensor& group_st
   a.num_channels = static_cast<int>(x.size(1));
   a.num_groups = static_cast<int>(group_start.size(0) - 1);
   if (clip) {
-    check_tensor(*clip, "clip", ScalarType::Float, {a.num_groups}, place);
-    a.clip = clip->const_data_ptr<float>();
-    for (int g = 0; place.on_cpu && g < a.num_groups; ++g) {
-      SKVQ_CHECK(a.clip[g] > 0.0f && a.clip[g] <= 1.0f, "clip of group ", g, " is ", a.clip[g],
-                 "; a clip ratio is above 0 and at most 1");
-    }
+    a.clip = clip_table(*clip, "clip", {a.num_groups}, place);
+    if (a.clip.choices > 1) check_searched(group_start);
   }
   Tensor codes = new_tensor(x, {a.num_rows, a.row_bytes}, ScalarType::Byte);
   Tensor metas = new_tensor(x, {a.num_rows, a.num_groups, 2},

@@ -70,12 +70,24 @@ struct Ragged {
   SKVQ_FN int length(int sequence) const { return static_cast<int>(begin(sequence + 1) - begin(sequence)); }
 };
 
+// Clip ratios: the share of a group's range that is kept. Where a group has several, each of its tokens takes the one
+// that errs least.
+struct ClipTable {
+  const float* ratios;  // [num_kv_heads, groups, choices]
+  int choices = 1;
+
+  SKVQ_FN const float* of(int head, int groups, int group) const {
+    return ratios + (static_cast<std::int64_t>(head) * groups + group) * choices;
+  }
+};
+
 struct AppendArgs {
   CacheView cache;
   RowsView k, v;  // [num_tokens, num_kv_heads, head_dim] of cache.dtype
   Ragged tokens;
-  const float* k_clip;  // [num_kv_heads, k groups], ratio of the range that is kept
-  const float* v_clip;  // [num_kv_heads, v groups]
+  ClipTable k_clip, v_clip;
+
+  SKVQ_FN const ClipTable& clip_of(Side side) const { return side == Side::kKey ? k_clip : v_clip; }
 };
 
 struct DecodeArgs {
@@ -121,7 +133,7 @@ struct QuantizeRowsArgs {
   std::int64_t num_rows;
   int num_channels, num_groups, row_bytes;
   const std::int32_t* group_start;  // [num_groups + 1] channels
-  const float* clip;                // [num_groups] or null
+  ClipTable clip;                   // of one head; ratios null: 1
   Code code;
   Meta meta_type;
   Exponents exponents;

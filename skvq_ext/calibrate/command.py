@@ -42,8 +42,7 @@ def calibrate(
 ) -> None:
     """Searches a plan for a model: transform, clip and, under a budget, formats of every head.
 
-    An interrupted search goes on where it stopped when the same command is given again.
-    """
+    An interrupted search goes on where it stopped when the same command is given again."""
     from skvq_ext import report
     from skvq_ext.calibrate.formats import read_pairs
     from skvq_ext.calibrate.resume import forget
@@ -55,8 +54,7 @@ def calibrate(
 
     parsed = Scheme.parse(scheme)
     loaded = load_model(model, dtype, device)
-    geometry = Geometry.from_config(loaded.model.config)
-    pairs = read_pairs(formats, parsed, geometry.head_dim)
+    pairs = read_pairs(formats, parsed, Geometry.from_config(loaded.model.config).head_dim)
     ids = [read_tokens(path, loaded.encode) for path in text or []]
     partial = output.with_name(f"{output.name}.partial")
     with report.steps() as step:
@@ -73,14 +71,14 @@ def calibrate(
         )
     plan.save(output)
     forget(partial)
-    report.say(f"{output}: plan of {loaded.name}, {plan.origin}")
-    _show(plan)
+    _show(plan, f"{output}: plan of {loaded.name}, {plan.origin}")
 
 
-def _show(plan: Plan) -> None:
-    """How many heads got which formats."""
+def _show(plan: Plan, title: str) -> None:
+    """What was made, and how many heads got which formats."""
     from skvq_ext import report
 
+    report.say(title)
     counts: dict[tuple[str, str], int] = {}
     for _, part in plan.named_parts():
         key = part.k_format, part.v_format

@@ -98,11 +98,21 @@ def join_heads(tensors: Sequence[TensorPlan]) -> TensorPlan:
     kinds = {tensor.rotation for tensor in tensors}
     rotation = kinds.pop() if len(kinds) == 1 else "dense"
     dense = torch.cat([_matrix(tensor) for tensor in tensors]) if rotation == "dense" else None
-    names = ("permutation", "shift", "scale", "clip", "exponents")
+    names = ("permutation", "shift", "scale", "exponents")
     joined: dict[str, Any] = {
         name: torch.cat([getattr(t, name) for t in tensors]) for name in names
     }
-    return replace(first, rotation=rotation, dense=dense, **joined)
+    return replace(first, rotation=rotation, dense=dense, clip=_join_clips(tensors), **joined)
+
+
+def _join_clips(tensors: Sequence[TensorPlan]) -> torch.Tensor:
+    """Clip ratios f32 [H, groups] or [H, groups, choices]; heads with fewer repeat their first."""
+    clips = [t.clip if t.clip.dim() == 3 else t.clip[..., None] for t in tensors]
+    most = max(clip.shape[2] for clip in clips)
+    joined = torch.cat(
+        [torch.cat([c, c[..., :1].expand(-1, -1, most - c.shape[2])], -1) for c in clips]
+    )
+    return joined if most > 1 else joined[..., 0]
 
 
 def _matrix(tensor: TensorPlan) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -48,12 +49,17 @@ class HeadQuantizer:
         clip = _choose_clip(some, self.shape, exponents[0].tolist(), self.meta)
         return self.with_tables(clip[None], exponents)
 
+    def spread(self, factors: Sequence[float]) -> HeadQuantizer:
+        """With clip ratios times each factor, at most 1, of which every token takes the best."""
+        choices = (self.tensor.clip[..., None] * torch.tensor(factors)).clamp(max=1.0)
+        return self.with_tables(choices, self.tensor.exponents)
+
     def scaled(self, factor: float) -> HeadQuantizer:
         """With all clip ratios times a factor, at most 1."""
         return self.with_tables((self.tensor.clip * factor).clamp(max=1.0), self.tensor.exponents)
 
     def with_tables(self, clip: Tensor, exponents: Tensor) -> HeadQuantizer:
-        """With other clip ratios f32 [1, groups] and exponents i32 [1, 2]."""
+        """With other clip ratios f32 [1, groups] or [1, groups, choices] and exponents i32 [1, 2]."""
         values = vars(self.tensor) | {"clip": clip, "exponents": exponents}
         return HeadQuantizer(TensorPlan(**values), self.shape, self.meta)
 

@@ -68,16 +68,9 @@ def calibrate(
     bits = {pair: _bits(scheme, pair, geometry.head_dim) for pair in pairs}
     if scheme.bits is not None:
         check_budget(min(bits.values()), scheme.bits)  # not after hours
-    origin = (
-        f"searched on {segments.judged.numel()} tokens after lessons from "
-        f"{segments.lessons.numel()}, seed {seed}"
-    )
+    origin = f"searched on {segments}, seed {seed}"
     plan = Plan(scheme, geometry, [], origin=origin, tokenizer=tokenizer)
-    mark = (
-        ""
-        if resume is None
-        else fingerprint(model, geometry, scheme, segments.together, pairs, seed)
-    )
+    mark = fingerprint(model, geometry, scheme, segments.together, pairs, seed)
     with _steps(progress) as step, frozen(model), torch.no_grad():
         kept = Progress(resume, mark)
         weights = kept.fisher(

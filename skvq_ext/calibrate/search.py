@@ -16,6 +16,7 @@ from skvq_ext.plan import DEFAULT_EXPONENTS, TensorPlan, TensorShape
 from skvq_ext.scheme import Scheme
 
 FACTORS = (1.0, 0.85, 1.2, 1.45)  # of the clip ratio of least squared error, tried on the outputs
+SPREAD = (1.0, 0.8, 1.25)  # of the ratio, between which every token may choose when it is packed
 FINALISTS = 2  # transforms that are tried in every format
 _ALWAYS = ("identity", "hadamard")  # what no calibration needs is never out of the race
 
@@ -138,8 +139,11 @@ class _Judge:
         if self._scheme.clip is not None:
             return self._plain(name, shape)
         start = self._fit(name, shape)
-        tries = [self._option(name, start.scaled(factor)) for factor in FACTORS]
-        return _choose([*tries, self._plain(name, shape)])
+        tries = {factor: start.scaled(factor) for factor in FACTORS}
+        options = {factor: self._option(name, one) for factor, one in tries.items()}
+        best = min(options, key=lambda factor: options[factor].error.fit)
+        spread = self._option(name, tries[best].spread(SPREAD))
+        return _choose([*options.values(), spread, self._plain(name, shape)])
 
     def _plain(self, name: str, shape: TensorShape) -> Option:
         """Without any clip, unless the scheme names one."""

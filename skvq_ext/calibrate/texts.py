@@ -94,6 +94,9 @@ class Segments:
     judged: Tensor
     lessons: Tensor
 
+    def __str__(self) -> str:
+        return f"{self.judged.numel()} tokens after lessons from {self.lessons.numel()}"
+
     @property
     def together(self) -> Tensor:
         """int64 [n + m, tokens]."""

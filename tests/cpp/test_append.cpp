@@ -140,7 +140,7 @@ TEST_CASE("packed int8 values are close to what was appended") {
   shape.max_pages = 1;
   Tokens tokens(shape, shape.num_sinks + kTileTokens, 7);
   Cache cache(shape);
-  std::fill(cache.v_clip.begin(), cache.v_clip.end(), 1.0f);
+  cache.set_clips({1.0f}, {1.0f});
   cache.append(tokens);
   for (const Side side : kSides) {
     const std::vector<float> values = unpacked(cache, side);
@@ -153,6 +153,58 @@ TEST_CASE("packed int8 values are close to what was appended") {
           REQUIRE(std::fabs(values[(head * kTileTokens + t) * shape.head_dim + c] - expected) < 0.03f);
         }
       }
+    }
+  }
+}
+
+TEST_CASE("of several clip ratios every token of a group takes the one that errs least") {
+  for (const std::string format : {"2", "1.5"}) {
+    CacheShape shape;
+    shape.k = shape.v = format;
+    shape.group = 32;
+    shape.window = 0;
+    shape.max_pages = 1;
+    shape.dtype = DType::kF32;
+    const Tokens tokens(shape, shape.num_sinks + kTileTokens, 9);
+    const std::vector<float> ratios{0.9f, 0.6f, 0.75f};
+    Cache searched(shape);
+    searched.set_clips(ratios, ratios);
+    searched.append(tokens);
+    for (const Side side : kSides) {
+      const Bytes& bytes = side == Side::kKey ? tokens.k : tokens.v;
+      std::vector<float> x;  // as unpacked values lie
+      for (int head = 0; head < shape.num_kv_heads; ++head) {
+        for (int t = 0; t < kTileTokens; ++t) {
+          const std::int64_t row = (shape.num_sinks + t) * shape.num_kv_heads + head;
+          for (int c = 0; c < shape.head_dim; ++c)
+            x.push_back(load_float(shape.dtype, bytes.data(), row * shape.head_dim + c));
+        }
+      }
+      std::vector<std::vector<float>> alone;
+      for (const float ratio : ratios) {
+        Cache cache(shape);
+        cache.set_clips({ratio}, {ratio});
+        cache.append(tokens);
+        alone.push_back(unpacked(cache, side));
+      }
+      const std::vector<float> found = unpacked(searched, side);
+      std::vector<int> taken(ratios.size(), 0);
+      for (std::size_t first = 0; first < x.size(); first += shape.group) {
+        const auto error = [&](const std::vector<float>& values) {
+          double sum = 0;
+          for (int c = 0; c < shape.group; ++c) sum += std::pow(double{values[first + c]} - x[first + c], 2);
+          return sum;
+        };
+        double least = error(alone[0]);
+        std::size_t best = 0;
+        for (std::size_t r = 0; r < ratios.size(); ++r) {
+          if (error(alone[r]) < least) least = error(alone[best = r]);
+        }
+        // Errors are counted in parts of the range, so that nearly equal ones may be taken for equal.
+        CHECK(error(found) <= least * 1.001);
+        ++taken[best];
+      }
+      for (const int count : taken) CHECK(count > 0);
     }
   }
 }

@@ -128,7 +128,7 @@ RoundTrip round_trip(const PackKernels& pack, int rows, int groups, const std::v
   a.num_channels = channels;
   a.num_groups = a.row_bytes = groups;
   a.group_start = group_start.data();
-  a.clip = clip.data();
+  a.clip = {clip.data()};
   a.code = Code::kInt4;
   a.meta_type = Meta::kFp16;
   a.codes = result.codes.data();

@@ -15,6 +15,7 @@ from ptx.structs import (
     AppendArgs,
     Band,
     CacheView,
+    ClipTable,
     DecodeArgs,
     DType,
     Meta,
@@ -115,7 +116,11 @@ class DeviceCase:
         return Ragged(address, count, self.case.batch)
 
     def append(self, k: Tensor, v: Tensor, lengths: list[int] | None = None) -> None:
-        clips = (self.address["k_clip"], self.address["v_clip"])
+        tables = self.case.cache._asdict()
+        clips = (
+            ClipTable(self.address[name], tables[name][0, 0].numel())
+            for name in ("k_clip", "v_clip")
+        )
         tokens = self.ragged(k.shape[0], lengths)
         self.backend.append(AppendArgs(self.view(), self.rows(k), self.rows(v), tokens, *clips))
 

@@ -79,14 +79,21 @@ class Ragged(Structure):
     ]
 
 
+class ClipTable(Structure):
+    _fields_: ClassVar[Fields] = [
+        ("ratios", c_void_p),
+        ("choices", c_int),
+    ]
+
+
 class AppendArgs(Structure):
     _fields_: ClassVar[Fields] = [
         ("cache", CacheView),
         ("k", RowsView),
         ("v", RowsView),
         ("tokens", Ragged),
-        ("k_clip", c_void_p),
-        ("v_clip", c_void_p),
+        ("k_clip", ClipTable),
+        ("v_clip", ClipTable),
     ]
 
 
@@ -109,7 +116,10 @@ class DecodeArgs(Structure):
     ]
 
 
-STRUCTS = (Band, TensorFormat, RecordFormat, CacheView, RowsView, Ragged, AppendArgs, DecodeArgs)
+STRUCTS = (
+    *(Band, TensorFormat, RecordFormat, CacheView),
+    *(RowsView, Ragged, ClipTable, AppendArgs, DecodeArgs),
+)
 
 
 def layout_check() -> str:

@@ -28,6 +28,9 @@ struct Twins {
   void append(const Tokens& tokens, const std::int32_t* cu_seqlens = nullptr) {
     append(tokens, 0, tokens.count, cu_seqlens);
   }
+  void set_clips(const std::vector<float>& k, const std::vector<float>& v) {
+    for (Cache* cache : {&cpu, &cuda}) cache->set_clips(k, v);
+  }
   void check_equal() const {
     CHECK(cpu.kv_len == cuda.kv_len);
     CHECK(cpu.pages == cuda.pages);
@@ -62,6 +65,7 @@ void check_one_tile(const CacheShape& shape, unsigned seed) {
   CAPTURE(shape.meta);
   CAPTURE(static_cast<int>(shape.dtype));
   Twins twins(shape);
+  if (seed % 3 == 0) twins.set_clips({1.0f, 0.8f, 0.6f}, {0.9f, 1.0f, 0.5f});
   twins.append(Tokens(shape, shape.num_sinks + kTileTokens, seed));
   twins.check_equal();
 }
@@ -208,9 +212,12 @@ TEST_CASE("odd values: NaN, infinities, zeros of both signs, constants, huge and
         CAPTURE(meta);
         CAPTURE(format);
         CAPTURE(static_cast<int>(dtype));
-        Twins twins(shape);
-        twins.append(tokens);
-        twins.check_equal();
+        for (const std::vector<float>& clips : {std::vector{1.0f}, {1.0f, 0.7f, 0.9f, 0.7f}}) {
+          Twins twins(shape);
+          twins.set_clips(clips, clips);
+          twins.append(tokens);
+          twins.check_equal();
+        }
       }
     }
   }

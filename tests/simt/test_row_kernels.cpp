@@ -107,7 +107,7 @@ TEST_CASE("channels are gathered") {
 TEST_CASE("rows of a matrix in groups of any size") {
   const std::vector<std::int32_t> starts = {0, 1, 8, 21, 22, 100, 363};
   const int rows = 7, groups = static_cast<int>(starts.size()) - 1, channels = starts.back();
-  const std::vector<float> clip = {1.0f, 0.9f, 0.5f, 1.0f, 0.8f, 0.95f};
+  const std::vector<float> clip = {1.0f, 0.9f, 0.5f, 1.0f, 0.8f, 0.95f, 0.7f, 0.6f, 1.0f, 0.6f, 0.55f, 0.9f};
   for (const CodeTraits& code : kCodes) {
     for (const DType dtype : kDTypes) {
       for (const Meta meta : {Meta::kE4m3, Meta::kFp16}) {
@@ -124,7 +124,8 @@ TEST_CASE("rows of a matrix in groups of any size") {
         a.num_groups = groups;
         for (int g = 0; g < groups; ++g) a.row_bytes += group_row_bytes(code.code, starts[g + 1] - starts[g]);
         a.group_start = starts.data();
-        a.clip = meta == Meta::kE4m3 ? clip.data() : nullptr;
+        const int choices = dtype == DType::kF16 ? 1 : 2;
+        a.clip = {meta == Meta::kE4m3 ? clip.data() : nullptr, choices};
         a.code = code.code;
         a.meta_type = meta;
         a.exponents = {-3, -2};

@@ -79,8 +79,7 @@ class Cache {
     for (int head = 0; head < s.num_kv_heads; ++head) {
       for (const int e : {-3, -2, -2, -1}) exponents.push_back(e);  // normal data sits well inside E4M3 then
     }
-    k_clip.assign(s.num_kv_heads * view.format.k.num_groups(), 1.0f);
-    v_clip.assign(s.num_kv_heads * view.format.v.num_groups(), 0.9f);
+    set_clips({1.0f}, {0.9f});
     view.pages = pages.data();
     view.page_table = page_table.data();
     view.sink_k = sink_k.data();
@@ -101,8 +100,18 @@ class Cache {
             {tokens.k.data() + skip, row, shape.head_dim},
             {tokens.v.data() + skip, row, shape.head_dim},
             {cu_seqlens, count, shape.batch},
-            k_clip.data(),
-            v_clip.data()};
+            {k_clip.data(), clip_choices},
+            {v_clip.data(), clip_choices}};
+  }
+  // Every group gets these ratios; as many for K as for V.
+  void set_clips(const std::vector<float>& k, const std::vector<float>& v) {
+    clip_choices = static_cast<int>(k.size());
+    k_clip.clear();
+    v_clip.clear();
+    for (int i = 0; i < shape.num_kv_heads * view.format.k.num_groups(); ++i)
+      k_clip.insert(k_clip.end(), k.begin(), k.end());
+    for (int i = 0; i < shape.num_kv_heads * view.format.v.num_groups(); ++i)
+      v_clip.insert(v_clip.end(), v.begin(), v.end());
   }
   void append(const Tokens& tokens, const std::int32_t* cu_seqlens = nullptr) {
     test::append(append_args(tokens, 0, tokens.count, cu_seqlens));
@@ -113,6 +122,7 @@ class Cache {
   Bytes pages, sink_k, sink_v, ring_k, ring_v;
   std::vector<std::int32_t> page_table, kv_len, exponents;
   std::vector<float> k_clip, v_clip;
+  int clip_choices = 1;
 };
 
 // Queries against a cache and room for the answer.
