@@ -83,6 +83,23 @@ def test_the_first_clip_is_the_best_of_the_grid(code: str) -> None:
         assert chosen < 0.9 * errors[0], "3 bits and less need it"
 
 
+def test_of_spread_ratios_every_token_takes_the_best() -> None:
+    shape, x = shape_of("2"), channels(300, seed=8)
+    start = HeadQuantizer(TensorPlan.neutral(1, shape, DEFAULT_EXPONENTS["k"]), shape, "fp8")
+    start = start.fitted(x)
+    factors = (1.0, 0.8, 1.25)
+    spread = start.spread(factors)
+    assert spread.tensor.clip.shape == (1, len(shape.groups), 3)
+    assert float(spread.tensor.clip.max()) <= 1
+
+    def errors(one: HeadQuantizer) -> Tensor:
+        return torch.stack([part.square().sum(-1) for part in (one.read_back(x) - x).split(32, -1)])
+
+    least = torch.stack([errors(start.scaled(factor)) for factor in factors]).amin(0)
+    assert bool((errors(spread) <= 1.01 * least).all())
+    assert float(least.sum()) < 0.99 * float(errors(start).sum())
+
+
 def test_stored_scales_have_room_for_unseen_rows() -> None:
     shape, x = shape_of("2"), channels(300, seed=3)
     found = HeadQuantizer(random_tensor(shape, "hadamard"), shape, "fp8").fitted(x).tensor

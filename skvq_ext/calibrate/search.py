@@ -86,10 +86,10 @@ def search_head(
         lessons = whole if layer.lessons is None else layer.lessons[index][:, head]
         rows = lessons[:, scheme.sinks :].flatten(0, 1)
         measure = errors.of_keys if side == "k" else errors.of_values
-        names = candidates(scheme.transform)
+        makes = candidates(scheme.transform)
         if layer.lessons is None:  # a rotation seems good on the rows it was learned from
-            names = {name: make for name, make in names.items() if name not in LEARNED}
-        judge = _Judge(names, (rows, energies[side]), whole, measure, scheme, side, seed)
+            makes = {name: make for name, make in makes.items() if name not in LEARNED}
+        judge = _Judge(makes, (rows, energies[side]), whole, measure, scheme, side, seed)
         found[side] = judge.options(shapes[side])
     return found
 
@@ -99,7 +99,7 @@ class _Judge:
 
     def __init__(
         self,
-        names: dict[str, Make],
+        makes: dict[str, Make],
         lessons: tuple[Tensor, Tensor],
         whole: Tensor,
         measure: Callable[[Tensor], Error],
@@ -107,9 +107,9 @@ class _Judge:
         side: str,
         seed: int,
     ) -> None:
-        """Args: names, the transforms; lessons, rows f32 [n, D] and energy f64 [D] they are made
+        """Args: makes, the transforms by name; lessons, rows f32 [n, D] and energy f64 [D] they are made
         from; whole, rows f32 [B, T, D] to quantize; measure, of what is read instead of them."""
-        self._open, self._lessons, self._whole = names, lessons, whole
+        self._open, self._lessons, self._whole = makes, lessons, whole
         self._measure, self._scheme, self._side, self._seed = measure, scheme, side, seed
         self._made: dict[tuple[Any, ...], TensorPlan] = {}
         self._fitted: dict[tuple[str, TensorShape], HeadQuantizer] = {}
