@@ -181,7 +181,7 @@ def test_calibrate_then_use_the_plan(model_dir: Path, text: Path, tmp_path: Path
     plan = tmp_path / "plan.safetensors"
     said = run("calibrate", model_dir, "--text", text, *BUDGET, "-o", plan)
     shown = " ".join(said.split())
-    assert "searched on 1200 tokens in 2 segments, seed 0" in shown
+    assert "searched on 1200 tokens after lessons from 0, seed 0" in shown
     spent = re.search(r"bits2\.7-g32\S+: (\d\.\d{3}) bits per value", shown)
     assert spent and 2.25 <= float(spent[1]) <= 2.7
     assert (
@@ -221,7 +221,7 @@ def test_calibrate_without_a_text(model_dir: Path, tmp_path: Path) -> None:
     assert Scheme.parse(command.DEFAULT).bits == 2.25
     plan = tmp_path / "plan.safetensors"
     said = run("calibrate", model_dir, *BUDGET, "--tokens", 300, "-o", plan)
-    assert "searched on 300 tokens in 1 segments" in " ".join(said.split())
+    assert "searched on 300 tokens after lessons from 1800, seed 0" in " ".join(said.split())
     assert Plan.load(plan, tokenizer=load_model(str(model_dir)).tokenizer_fingerprint)
 
 
