@@ -21,20 +21,12 @@ GroupQuantizer fit_group(const QuantizeRowsArgs& a, const X& x, int group, int n
   const auto make = [&](float clip) {
     return make_group_quantizer(low, high, nan == 0.0f, clip, levels, a.meta_type, a.exponents);
   };
-  if (a.clip.ratios == nullptr) return make(1.0f);
-  const float* choices = a.clip.of(0, a.num_groups, group);
-  GroupQuantizer best = make(choices[0]);
-  std::uint32_t least = 0;
   const float parts = error_parts(low, high);
-  for (int c = 0; c < a.clip.choices && a.clip.choices > 1; ++c) {
-    const GroupQuantizer q = make(choices[c]);
+  return fit_quantizer(a, group, make, [&](const GroupQuantizer& q) {
     std::uint32_t error = 0;
     for (int i = 0; i < n; ++i) error += squared_error(x(i), q, levels, parts);
-    if (c > 0 && error >= least) continue;
-    best = q;
-    least = error;
-  }
-  return best;
+    return error;
+  });
 }
 
 inline void quantize_rows_range(const QuantizeRowsArgs& a, std::int64_t begin, std::int64_t end) {

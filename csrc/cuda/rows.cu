@@ -45,23 +45,15 @@ SKVQ_DEVICE GroupQuantizer quantizer_of(const QuantizeRowsArgs& a, const RowGrou
   const auto make = [&](float clip) {
     return make_group_quantizer(low, high, finite, clip, levels, a.meta_type, a.exponents);
   };
-  if (a.clip.ratios == nullptr) return make(1.0f);
-  const float* choices = a.clip.of(0, a.num_groups, r.group);
-  GroupQuantizer best = make(choices[0]);
-  std::uint32_t least = 0;
   const float parts = error_parts(low, high);
-  for (int c = 0; c < a.clip.choices && a.clip.choices > 1; ++c) {
-    const GroupQuantizer q = make(choices[c]);
+  return fit_quantizer(a, r.group, make, [&](const GroupQuantizer& q) {
     std::uint32_t error = 0;
     for (int i = lane_index(); i < r.channels; i += kWarp) error += squared_error(x(i), q, levels, parts);
     for (int distance = kWarp / 2; distance > 0; distance /= 2) {
       error += __shfl_xor_sync(kAllLanes, error, distance);
     }
-    if (c > 0 && error >= least) continue;
-    best = q;
-    least = error;
-  }
-  return best;
+    return error;
+  });
 }
 
 // Lanes take runs of codes that have their bytes to themselves.
